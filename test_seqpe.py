@@ -1,0 +1,1429 @@
+"""The tests of seqpe.py: its arithmetic against slow loops in float64, then its promises and its errors.
+
+    pytest test_seqpe.py
+"""
+
+import ast
+import itertools
+import math
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import seqpe
+from seqpe import (ENCODINGS, FUSIONS, GPT, Attention, Block, GPTConfig, LearnedTable, SeqPE, Signal,
+                   Sinusoid, ViT, ViTConfig, contrastive_loss, digits_needed, digits_to_position,
+                   distillation_loss, position_regularizers, position_to_digits, resize_grid,
+                   sample_candidates, sample_hard_negatives, sample_windows, window)
+
+BOTH = ["seqpe-scalar", "seqpe-mul", "seqpe-add", "seqpe-input", "rope", "sinusoidal", "learned", "nope"]
+TEXT, IMAGE = [*BOTH, "alibi"], [*BOTH, "rope_mixed"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randomized(module, seed=0):
+    """The module in float64, every parameter moved: biases of 0 and gains of 1 would hide mistakes."""
+    generator = seeded(seed)
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return module
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def weights_of(module):
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def settings_of(encoding):
+    """"seqpe-mul" -> pe="seqpe", fusion="mul"."""
+    pe, _, fusion = encoding.partition("-")
+    return dict(pe=pe, **({"fusion": fusion} if fusion else {}))
+
+
+def make_encoder(n_dim=1, n_embd=16, n_head=2, n_digits=3, base=5, seed=0, **settings):
+    torch.manual_seed(seed)
+    return randomized(SeqPE(n_embd, n_head, n_dim=n_dim, n_digits=n_digits, base=base, **settings), seed)
+
+
+def make_gpt(encoding="seqpe-scalar", seed=0, **settings):
+    torch.manual_seed(seed)
+    settings = {**dict(n_layer=2, n_head=2, n_embd=16, n_digits=3, block_size=8, vocab_size=11), **settings}
+    return randomized(GPT(GPTConfig(**settings_of(encoding), **settings)), seed)
+
+
+def make_vit(encoding="seqpe-scalar", seed=0, **settings):
+    """Trained on 8 by 8 pixels: a grid of 4 by 4 patches."""
+    torch.manual_seed(seed)
+    settings = {**dict(n_layer=2, n_head=2, n_embd=16, n_digits=2, image_size=8, patch_size=2, n_channels=2,
+                       n_classes=5), **settings}
+    return randomized(ViT(ViTConfig(**settings_of(encoding), **settings)), seed)
+
+
+def tokens(*shape, vocab_size=11, seed=0):
+    return torch.randint(vocab_size, shape, generator=seeded(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Digits
+
+
+def slow_digits(number, n_digits, base):
+    digits = []
+    for _ in range(n_digits):
+        number, digit = divmod(number, base)
+        digits.insert(0, digit)
+    return digits
+
+
+def test_the_example_of_the_paper():
+    digits = position_to_digits(torch.tensor([2, 13]), n_digits=2)
+    assert digits.tolist() == [0, 2, 1, 3]
+    assert digits_to_position(digits, n_digits=2).tolist() == [2, 13]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("base", range(2, 37))
+def test_digits_equal_pythons_arithmetic(base, dtype):
+    draw = random.Random(base)
+    most = max(n for n in range(1, 64) if base ** n <= 2 ** 63)
+    for n_dim, lead in itertools.product(range(1, 5), [(), (3,), (2, 1, 2)]):
+        n_digits = draw.randint(1, most)
+        limit = min(base ** n_digits, torch.iinfo(dtype).max + 1)
+        numbers = [draw.choice([0, limit - 1, draw.randrange(limit) >> draw.randrange(63)])  # of every length
+                   for _ in range(math.prod(lead) * n_dim)]
+        positions = torch.tensor(numbers, dtype=dtype).view(*lead, n_dim)
+        digits = position_to_digits(positions, n_digits, base)
+        assert digits.shape == (*lead, n_dim * n_digits) and not digits.is_floating_point()
+        assert digits.flatten().tolist() == sum((slow_digits(n, n_digits, base) for n in numbers), [])
+        back = digits_to_position(digits, n_digits, base)
+        assert back.dtype == torch.int64 and back.shape == positions.shape
+        assert back.flatten().tolist() == numbers
+
+
+@pytest.mark.parametrize("base, n_digits", [(2, 63), (3, 39), (8, 21), (10, 18), (36, 12), (10, 1), (2, 1)])
+def test_the_largest_position_is_all_highest_digits(base, n_digits):
+    largest = torch.tensor([base ** n_digits - 1])
+    digits = position_to_digits(largest, n_digits, base)
+    assert digits.tolist() == [base - 1] * n_digits
+    assert digits_to_position(digits, n_digits, base).equal(largest)
+
+
+@pytest.mark.parametrize("base, n_digits", [(2, 64), (3, 40), (8, 22), (10, 19), (36, 13)])
+def test_more_digits_than_64_bits_hold(base, n_digits):
+    for call in (lambda: position_to_digits(torch.tensor([1]), n_digits, base),
+                 lambda: digits_to_position(torch.zeros(n_digits, dtype=torch.int64), n_digits, base),
+                 lambda: SeqPE(8, n_digits=n_digits, base=base)):
+        with pytest.raises(ValueError, match=f"{base}.*{n_digits}.*64-bit"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0, 2)])
+def test_digits_of_no_positions(shape):
+    digits = position_to_digits(torch.zeros(shape, dtype=torch.int64), n_digits=3)
+    assert digits.shape == (*shape[:-1], 6)
+    assert digits_to_position(digits, n_digits=3).shape == shape
+
+
+@pytest.mark.parametrize("base", [2, 7, 10, 36])
+def test_digits_needed(base):
+    for n_digits in range(1, 20):
+        assert digits_needed(base ** n_digits - 1, base) == n_digits
+        assert digits_needed(base ** n_digits, base) == n_digits + 1
+    assert digits_needed(0, base) == 1
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,), (2, 3), (3, 1), (2, 3, 4)])
+def test_window_is_row_major(shape):
+    slow = list(itertools.product(*map(range, shape)))
+    assert list(map(tuple, window(shape).tolist())) == slow
+    lead = (2, 3)
+    start = torch.randint(100, (*lead, len(shape)), generator=seeded())
+    windows = window(shape, start)
+    assert windows.shape == (*lead, len(slow), len(shape))
+    for a, b in itertools.product(*map(range, lead)):
+        corner = start[a, b].tolist()
+        moved = [tuple(c + p for c, p in zip(corner, position)) for position in slow]
+        assert list(map(tuple, windows[a, b].tolist())) == moved
+        assert window(shape, start[a, b]).equal(windows[a, b])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sequential encoder
+
+
+def slow_linear(x, weights, name):
+    return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+
+
+def slow_layer_norm(x, weights, name):
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred ** 2).mean(-1, keepdim=True)
+    return centred / torch.sqrt(variance + 1e-5) * weights[name + ".weight"] + weights[name + ".bias"]
+
+
+def slow_block(x, weights, name, n_head, causal):
+    """A pre-norm layer over one sequence x (T, C), every symbol asking, with the mask written out."""
+    T, C = x.shape
+    h = slow_layer_norm(x, weights, name + ".ln_1")
+    q = slow_linear(h, weights, name + ".attn.query")
+    k, v = slow_linear(h, weights, name + ".attn.key_value").split(C, dim=-1)
+    mask = torch.tensor([[-math.inf if causal and j > i else 0.0 for j in range(T)] for i in range(T)])
+    heads = []
+    for channels in torch.arange(C).chunk(n_head):
+        logits = q[:, channels] @ k[:, channels].T / math.sqrt(C / n_head) + mask
+        weight = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        heads.append(weight @ v[:, channels])
+    x = x + slow_linear(torch.cat(heads, dim=-1), weights, name + ".attn.proj")
+    h = slow_linear(slow_layer_norm(x, weights, name + ".ln_2"), weights, name + ".mlp.0")
+    h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+    return x + slow_linear(h, weights, name + ".mlp.2")
+
+
+def slow_encoder(encoder, position):
+    """e_p of one position, a tuple of Python integers: the paper's arithmetic, all symbols in every layer."""
+    weights, rows = weights_of(encoder), []
+    for dimension, number in enumerate(position):
+        for place, digit in enumerate(slow_digits(number, encoder.n_digits, encoder.base)):
+            row = weights["symbol.weight"][digit] + weights["place.weight"][place]
+            rows.append(row + weights["dimension.weight"][dimension] if len(position) > 1 else row)
+    x = torch.stack([*rows, weights["cls"]])
+    for layer in range(len(encoder.blocks)):
+        x = slow_block(x, weights, f"blocks.{layer}", encoder.n_head, causal=True)
+    return slow_linear(slow_layer_norm(x, weights, "ln")[-1], weights, "proj")
+
+
+@pytest.mark.parametrize("n_dim, n_layer, base, n_digits", [(1, 1, 10, 4), (1, 2, 10, 4), (1, 3, 2, 9),
+                                                            (2, 2, 10, 2), (3, 2, 4, 2)])
+def test_encoder_is_the_papers_transformer(n_dim, n_layer, base, n_digits):
+    encoder = make_encoder(n_dim, n_layer=n_layer, base=base, n_digits=n_digits)
+    positions = torch.randint(base ** n_digits, (12, n_dim), generator=seeded())
+    slow = torch.stack([slow_encoder(encoder, position) for position in positions.tolist()])
+    torch.testing.assert_close(encoder(positions), slow, rtol=0, atol=1e-10)
+    assert slow.std(0).min() > 1e-3     # the positions do tell in every channel
+
+
+@pytest.mark.parametrize("n_dim", [1, 2, 3])
+def test_encoding_a_batch_is_encoding_one_by_one(n_dim):
+    encoder = make_encoder(n_dim)
+    positions = torch.randint(125, (2, 7, n_dim), generator=seeded())
+    together = encoder(positions)
+    assert together.shape == (2, 7, 16)
+    for b, t in itertools.product(range(2), range(7)):
+        torch.testing.assert_close(together[b, t], encoder(positions[b, t]).view(16))
+
+
+def test_one_dimension_needs_no_dimension():
+    encoder = make_encoder()
+    plain = torch.arange(10)
+    e = encoder(plain)
+    assert e.shape == (10, 16)
+    assert encoder(plain.unsqueeze(-1)).equal(e)
+    assert encoder(plain.view(2, 5)).shape == (2, 5, 16)
+    assert encoder(plain.view(2, 5, 1)).equal(encoder(plain.view(2, 5)))
+    torch.testing.assert_close(encoder(plain.view(2, 5)).flatten(0, 1), e)
+    assert encoder(plain.to(torch.uint8)).equal(e)
+
+
+@pytest.mark.parametrize("n_dim", [1, 2])
+def test_encoding_no_positions(n_dim):
+    """Generation from a prompt of one token by no token encodes an empty window."""
+    assert make_encoder(n_dim)(torch.zeros(0, n_dim, dtype=torch.int64)).shape == (0, 16)
+
+
+@pytest.mark.parametrize("n_dim, base, n_digits", [(1, 3, 4), (2, 3, 2), (3, 2, 2)])
+def test_every_position_is_told_apart(n_dim, base, n_digits):
+    torch.manual_seed(0)
+    encoder = SeqPE(16, 2, n_dim=n_dim, base=base, n_digits=n_digits)      # as it starts, small weights
+    e = encoder(window((base ** n_digits,) * n_dim))
+    assert len(e) == base ** (n_digits * n_dim)
+    assert F.pdist(e.double()).min() > 1e-4
+
+
+def test_the_order_of_the_coordinates_matters():
+    encoder = make_encoder(n_dim=2)
+    a = encoder(torch.tensor([[2, 13], [0, 1], [124, 0]]))
+    b = encoder(torch.tensor([[13, 2], [1, 0], [0, 124]]))
+    assert ((a - b).norm(dim=-1) > 0.01).all()
+
+
+@pytest.mark.parametrize("n_dim", [1, 2])
+def test_gradients_reach_every_parameter_of_the_encoder(n_dim):
+    encoder = make_encoder(n_dim, base=5, n_digits=2)
+    positions = torch.randint(25, (40, n_dim), generator=seeded())
+    (encoder(positions) * randn(40, 16)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.count_nonzero() > 0.9 * parameter.numel(), name
+
+
+def test_encoder_in_float32_and_float64_agree():
+    encoder = make_encoder()
+    positions = torch.arange(125)
+    exact = encoder(positions)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(encoder.float()(positions), exact.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_embd, n_head, width", [(16, 4, None), (20, 4, None), (12, 3, 6), (8, 2, 32)])
+def test_the_encoder_may_have_a_width_of_its_own(n_embd, n_head, width):
+    torch.manual_seed(0)
+    encoder = SeqPE(n_embd, n_head, width=width)
+    assert encoder(torch.arange(3)).shape == (3, n_embd)
+    assert encoder.max_position == 10000
+    if width:
+        assert encoder.symbol.weight.shape == (10, width)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The two regularisers
+
+
+def single_edits(digits, base):
+    """Every (kind, result) of one edit of a tuple of digits, as often as it can be drawn."""
+    for at in range(len(digits)):
+        for new in range(base):
+            yield "insert", (*digits[1:at + 1], new, *digits[at + 1:])
+            yield "replace", (*digits[:at], new, *digits[at + 1:])
+            yield "delete", (0, *digits[:at], *digits[at + 1:])
+            swapped = digits if at + 1 == len(digits) else \
+                (*digits[:at], digits[at + 1], digits[at], *digits[at + 2:])
+            yield "swap", swapped
+
+
+def as_digits(positions, n_digits, base):
+    return [sum((tuple(slow_digits(number, n_digits, base)) for number in position), ())
+            for position in positions.tolist()]
+
+
+@pytest.mark.parametrize("n_dim, n_digits, pivot", [(1, 7, [12345]), (2, 3, [38, 109]), (1, 1, [3])])
+def test_hard_negatives_are_one_to_three_edits_away(n_dim, n_digits, pivot):
+    base, n_samples = 5, 60000
+    pivots = torch.tensor([pivot])
+    found = sample_hard_negatives(pivots, n_samples, n_digits, base, seeded())
+    assert found.shape == (1, n_samples, n_dim)
+    found = Counter(as_digits(found[0], n_digits, base))
+
+    start = as_digits(pivots, n_digits, base)[0]
+    reached = [{start}]     # after 0, 1, 2, 3 edits
+    for _ in range(3):
+        reached.append({result for digits in reached[-1] for _, result in single_edits(digits, base)})
+    assert set(found) <= reached[3]
+    if n_digits > 1:
+        assert len(reached[3]) < 0.6 * base ** len(start)    # or it would be no news
+        for fewer, more in zip(reached, reached[1:]):
+            assert set(found) & (more - fewer)
+    # A third are edited once, each edit as likely as any other; more edits can only add to these counts.
+    once = Counter(single_edits(start, base))
+    assert {kind for kind, _ in once} == {"insert", "replace", "delete", "swap"}
+    for (kind, result), ways in once.items():
+        assert found[result] > 0.6 * n_samples / 3 * ways / once.total(), kind
+
+
+def test_each_pivot_gets_its_own_hard_negatives():
+    base, n_digits = 10, 6
+    pivots = torch.randint(base ** n_digits, (20, 1), generator=seeded())
+    found = sample_hard_negatives(pivots, 300, n_digits, base, seeded(1))
+    assert found.shape == (20, 300, 1)
+    for pivot, negatives in zip(as_digits(pivots, n_digits, base), found):
+        near = {result for _, result in single_edits(pivot, base)}
+        assert sum(digits in near for digits in as_digits(negatives, n_digits, base)) > 300 / 4
+
+
+@pytest.mark.parametrize("base, n_digits", [(2, 1), (3, 2), (10, 4)])
+@pytest.mark.parametrize("n_candidates", [1, 2, 32])
+@pytest.mark.parametrize("n_dim", [1, 2, 3])
+def test_candidates_can_be_written_and_are_not_the_pivot(n_dim, n_candidates, base, n_digits):
+    pivots, candidates = sample_candidates(200, n_candidates, n_dim, n_digits, base, generator=seeded())
+    assert pivots.shape == (200, n_dim) and candidates.shape == (200, n_candidates, n_dim)
+    assert pivots.dtype == candidates.dtype == torch.int64
+    for positions in (pivots, candidates):
+        assert 0 <= positions.min() and positions.max() < base ** n_digits
+    assert not (candidates == pivots.unsqueeze(1)).all(-1).any()
+
+
+@pytest.mark.parametrize("n_dim, side", [(1, 64), (2, 8), (3, 4)])
+def test_a_fifth_of_the_pivots_have_close_candidates(n_dim, side):
+    pivots, candidates = sample_candidates(3000, 32, n_dim, 4, near=64, generator=seeded())
+    is_close = ((candidates - pivots.unsqueeze(1)).abs() <= side).flatten(1).all(1)
+    assert 0.16 < is_close.double().mean() < 0.24
+    close = candidates[is_close]
+    assert (close.amax(1) - close.amin(1)).max() <= side
+    assert (close.amax(1) - close.amin(1)).max() >= side - 1      # and it is no narrower
+    # The pivot lies anywhere in its window, not always at an edge.
+    lower, higher = ((sign * (close - pivots[is_close].unsqueeze(1)) > 0).sum() for sign in (-1, 1))
+    assert 0.4 < lower / (lower + higher) < 0.6
+    far = candidates[~is_close]     # the others, from everywhere
+    assert far.min() < 20 and far.max() > 9979 and 4700 < far.double().mean() < 5300
+
+
+def test_three_tenths_of_the_pivots_have_hard_negatives():
+    base, n_digits, n_candidates = 10, 8, 32
+    pivots, candidates = sample_candidates(1000, n_candidates, 1, n_digits, base, generator=seeded())
+    hits = []
+    for pivot, row, written in zip(pivots, candidates, as_digits(pivots, n_digits, base)):
+        if (row - pivot).abs().max() > 64:      # not of a close window, where an edit away is common
+            near = {result for _, result in single_edits(written, base)}
+            hits.append(sum(digits in near for digits in as_digits(row, n_digits, base)))
+    # 6 of 32 are hard negatives, a third of those one edit away: 9 hard rows of 10 have such, others do not.
+    assert 0.21 < sum(map(bool, hits)) / len(pivots) < 0.33
+    assert max(hits) <= n_candidates // 5
+
+
+@pytest.mark.parametrize("shape, n_samples", [((16,), 5), ((3, 4), 32), ((2, 3, 2), 7)])
+def test_windows_are_moved_as_a_whole(shape, n_samples):
+    max_position = 20
+    teacher, students = sample_windows(shape, n_samples, 300, max_position, seeded())
+    m = min(n_samples, math.prod(shape))
+    assert teacher.shape == (m, len(shape)) and students.shape == (300, m, len(shape))
+    assert len(set(map(tuple, teacher.tolist()))) == m
+    assert (teacher >= 0).all() and (teacher < torch.tensor(shape)).all()
+    start = students - teacher
+    assert (start == start[:, :1]).all()                            # one translation for each student
+    assert start.amin((0, 1)).tolist() == [0] * len(shape)          # from the first place the window fits ...
+    assert start.amax((0, 1)).tolist() == [max_position - size for size in shape]   # ... to the last
+    if len(shape) > 1:
+        assert not (start[:, 0, 0] == start[:, 0, 1]).all()
+
+
+def test_every_position_of_the_window_gets_to_be_a_teacher():
+    counts = Counter(p for seed in range(100)
+                     for p in sample_windows((16,), 4, 1, 100, seeded(seed))[0].flatten().tolist())
+    assert sorted(counts) == list(range(16))
+
+
+def test_a_window_as_large_as_all_positions():
+    teacher, students = sample_windows((9, 9), 200, 3, 9, seeded())
+    assert len(teacher) == 81 and all(student.equal(teacher) for student in students)
+
+
+SAMPLERS = {
+    "hard negatives": lambda g: [sample_hard_negatives(torch.tensor([[123], [4567]]), 9, 4, generator=g)],
+    "candidates": lambda g: sample_candidates(5, 7, 2, 3, generator=g),
+    "windows": lambda g: sample_windows((8, 8), 5, 3, 1000, generator=g),
+    "regularisers": lambda g: [position_regularizers(make_encoder(), (20,), generator=g)],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_generator_decides_everything(name):
+    first, again, other = (SAMPLERS[name](seeded(seed)) for seed in (3, 3, 4))
+    assert all(a.equal(b) for a, b in zip(first, again))
+    assert not any(a.equal(b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("name", ["hard negatives", "candidates", "windows"])
+def test_a_generator_leaves_torchs_own_alone(name):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    SAMPLERS[name](seeded())
+    assert torch.get_rng_state().equal(state)
+    SAMPLERS[name](None)
+    assert not torch.get_rng_state().equal(state)
+
+
+def slow_contrastive_loss(e_pivots, e_candidates, pivots, candidates):
+    losses = []
+    for p, pivot in enumerate(pivots.tolist()):
+        rows = candidates[p].tolist()
+        distances = [sum((a - b) ** 2 for a, b in zip(pivot, row)) for row in rows]
+        nearest = distances.index(min(distances))
+        logits = {m: float(e_pivots[p] @ e_candidates[p, m]) for m, row in enumerate(rows)
+                  if m == nearest or row != rows[nearest]}
+        losses.append(math.log(sum(map(math.exp, logits.values()))) - logits[nearest])
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("n_dim, highest", [(1, 12), (2, 4), (3, 3), (1, 10**9), (2, 10**9), (3, 10**9)])
+def test_contrastive_loss_equals_a_loop(n_dim, highest):
+    pivots = torch.randint(highest, (20, n_dim), generator=seeded())
+    candidates = torch.randint(highest, (20, 15, n_dim), generator=seeded(1))
+    if highest > 100:       # rivals that only exact integers tell apart
+        pivots %= 100
+        candidates = pivots.unsqueeze(1) + 9 * 10 ** 8 - candidates % 100
+    else:
+        distance = (candidates - pivots.unsqueeze(1)).double().norm(dim=-1)
+        nearest = candidates[torch.arange(20), distance.argmin(1)]
+        assert (candidates == nearest.unsqueeze(1)).all(-1).sum(1).max() > 1      # with copies of the nearest
+    e_pivots, e_candidates = randn(20, 6), randn(20, 15, 6, seed=1)
+    loss = contrastive_loss(e_pivots, e_candidates, pivots, candidates)
+    slow = slow_contrastive_loss(e_pivots, e_candidates, pivots, candidates)
+    assert loss.shape == () and float(loss) == pytest.approx(slow, abs=1e-12)
+
+
+def test_contrastive_loss_of_nothing_but_copies_is_zero():
+    pivots, candidates = torch.zeros(3, 1).long(), torch.ones(3, 5, 1).long()
+    assert contrastive_loss(randn(3, 4), randn(3, 5, 4, seed=1), pivots, candidates) == 0
+
+
+def test_contrastive_loss_has_gradients_both_ways():
+    pivots, candidates = sample_candidates(8, 6, 2, 2, generator=seeded())
+    e_pivots, e_candidates = randn(8, 4).requires_grad_(), randn(8, 6, 4, seed=1).requires_grad_()
+    contrastive_loss(e_pivots, e_candidates, pivots, candidates).backward()
+    for e in (e_pivots, e_candidates):
+        assert e.grad.isfinite().all() and (e.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_contrastive_loss_rewards_embeddings_in_order():
+    pivots, candidates = sample_candidates(64, 16, 1, 2, generator=seeded())
+    angle = torch.arange(100) * math.pi / 100
+    ordered = 5 * torch.stack([angle.cos(), angle.sin()], dim=-1)     # the dot product falls with distance
+    shuffled = ordered[torch.randperm(100, generator=seeded())]
+    good, bad = (contrastive_loss(e[pivots.squeeze(-1)], e[candidates.squeeze(-1)], pivots, candidates)
+                 for e in (ordered, shuffled))
+    assert good < 0.5 * bad
+
+
+def slow_distillation_loss(e_teacher, e_students, n_head):
+    losses = []
+    for student in e_students:
+        for channels in torch.arange(e_teacher.size(-1)).chunk(n_head):
+            t, s = (F.log_softmax(e[:, channels] @ e[:, channels].T, dim=-1) for e in (e_teacher, student))
+            for row in range(len(t)):
+                losses.append(F.kl_div(s[row], t[row], reduction="sum", log_target=True)
+                              + F.kl_div(t[row], s[row], reduction="sum", log_target=True))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("n_head", [1, 2, 4])
+@pytest.mark.parametrize("m, n_students", [(7, 3), (2, 1)])
+def test_distillation_loss_equals_a_loop(n_head, m, n_students):
+    e_teacher, e_students = randn(m, 8), randn(n_students, m, 8, seed=1)
+    loss = distillation_loss(e_teacher, e_students, n_head)
+    assert loss.shape == () and loss > 1e-3
+    torch.testing.assert_close(loss, slow_distillation_loss(e_teacher, e_students, n_head))
+
+
+def test_distillation_loss_is_zero_for_the_teachers_own_geometry():
+    e_teacher = randn(7, 8)
+    assert distillation_loss(e_teacher, e_teacher.expand(3, -1, -1), 2).abs() < 1e-12
+    # Turned within each head the dot products stay; turned across heads they do not.
+    turn = [torch.linalg.qr(randn(4, 4, seed=seed))[0] for seed in (1, 2)]
+    within, across = torch.block_diag(*turn), torch.linalg.qr(randn(8, 8, seed=3))[0]
+    assert distillation_loss(e_teacher, (e_teacher @ within)[None], 2).abs() < 1e-12
+    assert distillation_loss(e_teacher, (e_teacher @ across)[None], 2) > 0.01
+    e_student = randn(1, 7, 8, seed=4)
+    torch.testing.assert_close(distillation_loss(e_teacher, e_student @ within, 2),
+                               distillation_loss(e_teacher, e_student, 2))
+
+
+def test_distillation_loss_teaches_only_the_students():
+    e_teacher, e_students = randn(7, 8).requires_grad_(), randn(3, 7, 8, seed=1).requires_grad_()
+    distillation_loss(e_teacher, e_students, 2).backward()
+    assert e_teacher.grad is None
+    assert e_students.grad.isfinite().all() and e_students.grad.count_nonzero() == e_students.numel()
+
+
+@pytest.mark.parametrize("shape", [(20,), (4, 5), (2, 3, 4)])
+@pytest.mark.parametrize("near_weight, far_weight", [(0.1, 0.1), (0.3, 2.0), (1.0, 0.0), (0.0, 1.0)])
+def test_position_regularizers_are_the_two_losses(shape, near_weight, far_weight):
+    encoder = make_encoder(len(shape))
+    loss = position_regularizers(encoder, shape, near_weight, far_weight, n_pivots=6, n_candidates=9,
+                                 n_students=2, n_samples=8, generator=seeded(7))
+    generator, slow = seeded(7), 0.0
+    if near_weight:
+        pivots, candidates = sample_candidates(6, 9, len(shape), 3, 5, generator=generator)
+        slow += near_weight * contrastive_loss(encoder(pivots), encoder(candidates), pivots, candidates)
+    if far_weight:
+        teacher, students = sample_windows(shape, 8, 2, 125, generator)
+        slow += far_weight * distillation_loss(encoder(teacher), encoder(students), encoder.n_head)
+    torch.testing.assert_close(loss.double(), slow, rtol=1e-4, atol=1e-5)   # they are taken in float32
+    loss.backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.count_nonzero() > 0, name
+
+
+def test_position_regularizers_of_weight_zero():
+    encoder = make_encoder()
+    calls = []
+    encoder.symbol.register_forward_hook(lambda *_: calls.append(1))
+    assert position_regularizers(encoder, (20,), 0, 0) == 0 and not calls
+    assert position_regularizers(encoder, (20,), 0, 1, generator=seeded()) > 0
+    assert len(calls) == 1
+    # A contrastive part that is off does not ask for distances, which here would overflow.
+    huge = make_encoder(base=10, n_digits=18)
+    assert position_regularizers(huge, (20,), 0, 1, generator=seeded()) > 0
+
+
+@pytest.mark.parametrize("shape", [(16,), (4, 4), (2, 2, 4)])
+def test_a_few_steps_lower_the_regularisers(shape):
+    torch.manual_seed(0)
+    encoder = SeqPE(16, 2, n_dim=len(shape), n_digits=2, base=5, width=16)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(60):     # on the same positions: fresh ones would take longer
+        loss = position_regularizers(encoder, shape, 1, 1, n_pivots=16, n_candidates=8, n_students=2,
+                                     n_samples=8, generator=seeded(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention and the encodings
+
+
+def slow_attention(attn, x, logit):
+    """Attention.forward with logit(head, q_i, k_j, i, j) for each pair, one (T, T) matrix a head."""
+    weights, (B, T, C) = weights_of(attn), x.shape
+    sequences = []
+    for b in range(B):
+        q, k_v = slow_linear(x[b], weights, "query"), slow_linear(x[b], weights, "key_value")
+        k, v = k_v[:, :C], k_v[:, C:]
+        heads = []
+        for h, channels in enumerate(torch.arange(C).chunk(attn.n_head)):
+            logits = torch.full((T, T), -math.inf, dtype=torch.float64)
+            for i, j in itertools.product(range(T), repeat=2):
+                if j <= i or not attn.causal:
+                    logits[i, j] = logit(h, q[i, channels], k[j, channels], i, j)
+            heads.append(logits.softmax(-1) @ v[:, channels])
+        sequences.append(slow_linear(torch.cat(heads, dim=-1), weights, "proj"))
+    return torch.stack(sequences)
+
+
+def check_attention(model, positions, logit_of_layer, atol=1e-10):
+    """Every layer's attention under the model's own signals; the class token's row, if any, is cut off."""
+    cut = int(model.config.class_token)
+    x = randn(2, len(positions), model.config.n_embd, seed=3)
+    signals = model.pe(positions)
+    assert len(signals) == len(model.blocks)
+    for layer, (block, signal) in enumerate(zip(model.blocks, signals)):
+        slow = slow_attention(block.attn, x, logit_of_layer(layer))
+        fast = block.attn(x, signal.slice(cut, cut + len(positions)))
+        torch.testing.assert_close(fast, slow, rtol=0, atol=atol)
+        plain = block.attn(x)
+        assert (fast - plain).abs().max() > 0.01 or model.config.pe == "nope"     # the encoding has a say
+
+
+SOME = torch.tensor([[0], [3], [4], [9], [250], [260], [700]])
+GRID = torch.tensor([[0, 0], [0, 3], [2, 1], [7, 5], [3, 9]])
+
+
+def test_attention_without_a_signal():
+    check_attention(make_gpt("nope"), SOME, lambda layer: lambda h, q, k, i, j: q @ k / math.sqrt(8))
+    check_attention(make_vit("nope"), GRID, lambda layer: lambda h, q, k, i, j: q @ k / math.sqrt(8))
+
+
+@pytest.mark.parametrize("n_head", [2, 4, 8])
+def test_alibi_is_a_bias_that_falls_with_distance(n_head):
+    def logit_of_layer(layer):
+        def logit(h, q, k, i, j):
+            slope = 2 ** (-8 * (h + 1) / n_head)
+            return q @ k / math.sqrt(16 / n_head) - slope * float(SOME[i] - SOME[j])
+        return logit
+
+    check_attention(make_gpt("alibi", n_head=n_head), SOME, logit_of_layer, atol=1e-4)    # slopes in float32
+
+
+def test_alibi_is_exact_in_bfloat16():
+    j = make_gpt("alibi").float().pe(window((60000,)))[0].extend[1]
+    assert j.bfloat16().double().sum(-1).equal(torch.arange(60000.0).double().expand(2, -1))
+
+
+def slow_e(model, positions):
+    return torch.stack([slow_encoder(model.encoder, position) for position in positions.tolist()])
+
+
+@pytest.mark.parametrize("make, positions", [(make_gpt, SOME), (make_vit, GRID)], ids=["GPT", "ViT"])
+@pytest.mark.parametrize("fusion", ["scalar", "mul", "add"])
+def test_seqpe_enters_attention_as_the_paper_writes(make, positions, fusion):
+    model = make(f"seqpe-{fusion}")
+    e = slow_e(model, positions)
+    assert len(model.pe.maps) == (1 if fusion == "scalar" else 2)
+
+    def logit_of_layer(layer):
+        W = model.pe.maps[0 if fusion == "scalar" else layer].weight.detach()
+
+        def logit(h, q, k, i, j):
+            e_q, e_k = W[:16] @ e[i], W[16:] @ e[j]
+            e_q, e_k = e_q[8 * h:8 * h + 8], e_k[8 * h:8 * h + 8]
+            return {"scalar": q @ k + e_q @ e_k, "mul": (q * e_q) @ (k * e_k),
+                    "add": (q + e_q) @ (k + e_k)}[fusion] / math.sqrt(8)
+        return logit
+
+    check_attention(model, positions, logit_of_layer)
+
+
+@pytest.mark.parametrize("fusion, n_maps", [("scalar", 1), ("mul", 3), ("add", 3), ("input", 0)])
+def test_the_maps_start_at_the_identity(fusion, n_maps):
+    torch.manual_seed(0)
+    maps = GPT(GPTConfig(n_layer=3, n_embd=16, n_head=2, pe="seqpe", fusion=fusion)).pe.maps
+    assert len(maps) == n_maps
+    for each in maps:
+        assert each.bias is None and each.weight.equal(torch.cat([torch.eye(16), torch.eye(16)]))
+
+
+def turned(x, angles):
+    """RoPE as it is written: a 2 by 2 rotation matrix for the pair of channels (c, c + D/2)."""
+    x, half = x.clone(), len(x) // 2
+    for c, angle in enumerate(angles):
+        matrix = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        x[[c, c + half]] = matrix.double() @ x[[c, c + half]]
+    return x
+
+
+@pytest.mark.parametrize("pe, make, positions", [("rope", make_gpt, SOME), ("rope", make_vit, GRID),
+                                                 ("rope_mixed", make_vit, GRID)])
+def test_rope_turns_queries_and_keys(pe, make, positions):
+    model = make(pe)
+
+    def angles(layer, head, position):
+        if pe == "rope_mixed":      # pair c looks at both coordinates, with its own learned frequencies
+            frequency = model.pe.frequency[layer, head].tolist()
+            return [sum(frequency[d][c] * p for d, p in enumerate(position)) for c in range(4)]
+        if len(position) == 1:
+            return [position[0] * 10000 ** (-c / 4) for c in range(4)]
+        return [p * 100 ** (-c / 2) for p in position for c in range(2)]    # half of the pairs for each
+
+    def logit_of_layer(layer):
+        def logit(h, q, k, i, j):
+            p_i, p_j = positions[i].tolist(), positions[j].tolist()
+            return turned(q, angles(layer, h, p_i)) @ turned(k, angles(layer, h, p_j)) / math.sqrt(8)
+        return logit
+
+    check_attention(model, positions, logit_of_layer, atol=2e-4)   # frequencies are kept in float32
+
+
+def test_mixed_rope_starts_with_two_axes_at_right_angles():
+    torch.manual_seed(0)
+    frequency = ViT(ViTConfig(n_layer=2, n_head=3, n_embd=24, pe="rope_mixed")).pe.frequency.detach()
+    assert frequency.shape == (2, 3, 2, 4) and len(frequency[..., 0].flatten(0, 1).unique(dim=0)) == 6
+    magnitude = torch.tensor([1, 0.1, 1, 0.1]).expand(2, 3, -1)
+    torch.testing.assert_close(frequency.norm(dim=2), magnitude)
+    assert (frequency[..., 0] * frequency[..., 2]).sum(-1).abs().max() < 1e-6
+
+
+def test_the_learned_table_and_the_sinusoid():
+    model = make_gpt("learned")
+    signals = model.pe(torch.tensor([[5], [0], [7]]))
+    assert signals[0].input.equal(model.pe.embedding.weight[[5, 0, 7]])
+    assert signals[1:] == [Signal()]
+
+    torch.manual_seed(0)
+    table = LearnedTable((3, 4), 6)
+    e = table(torch.tensor([[[2, 1], [0, 3]]]))
+    assert e.shape == (1, 2, 6) and e[0, 0].equal(table.weight[2, 1]) and e[0, 1].equal(table.weight[0, 3])
+
+    e = Sinusoid(2, 16)(torch.tensor([[3, 50]]))[0]
+    slow = [wave(p * 10000 ** (-c / 4)) for p in (3, 50) for wave in (math.sin, math.cos) for c in range(4)]
+    torch.testing.assert_close(e, torch.tensor(slow), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["seqpe-input", "sinusoidal", "learned"])
+@pytest.mark.parametrize("make, shape", [(make_gpt, (8,)), (make_vit, (4, 4))], ids=["GPT", "ViT"])
+def test_input_encodings_are_added_once(encoding, make, shape):
+    model = make(encoding)
+    first, second = model.pe(window(shape))
+    assert second == Signal() and first == Signal(input=first.input)
+    cls = [] if model.pe.cls is None else [model.pe.cls]
+    assert first.input.equal(torch.cat([*cls, model.pe.embedding(window(shape))]))
+    x = randn(2, len(first.input), 16)
+    torch.testing.assert_close(model.blocks[0](x, first), model.blocks[0](x + first.input))
+
+
+@pytest.mark.parametrize("pe", ["rope", "rope_mixed"])
+def test_rope_on_a_grid_sees_only_differences(pe):
+    model = make_vit(pe)
+    x = randn(2, len(GRID), 16)
+    for layer, block in enumerate(model.blocks):
+        here, moved, mirrored = (block.attn(x, model.pe(positions)[layer].slice(1, None))
+                                 for positions in (GRID, GRID + torch.tensor([5, 30]), GRID.flip(-1)))
+        torch.testing.assert_close(here, moved, rtol=0, atol=1e-4)
+        assert (here - mirrored).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_signal_slice(encoding):
+    model = make_gpt(encoding)
+    for whole, part in zip(model.pe(window((8,))), model.pe(window((8,))[3:7])):
+        for a, b in zip(whole.slice(3, 7), part):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_query", [1, 2, 6])
+def test_only_the_last_tokens_may_ask(causal, n_query):
+    torch.manual_seed(0)
+    block = randomized(Block(16, 2, causal=causal))
+    x = randn(3, 6, 16)
+    torch.testing.assert_close(block(x, n_query=n_query), block(x)[:, -n_query:])
+
+
+@pytest.mark.parametrize("pieces", [(6,), (1, 1, 1, 1, 1, 1), (4, 1, 1), (3, 3)])
+def test_attention_goes_on_from_its_cache(pieces):
+    torch.manual_seed(0)
+    attn = randomized(Attention(16, 2))
+    x, cache = randn(3, 6, 16), {}
+    y = torch.cat([attn(piece, cache=cache) for piece in x.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(y, attn(x))
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_attention_is_the_fused_kernel_with_no_mask(encoding, monkeypatch):
+    calls, kernel = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **settings):
+        calls.append((attn_mask, is_causal, q.size(-1), k.size(-1), v.size(-1)))
+        return kernel(q, k, v, attn_mask, dropout_p, is_causal, **settings)
+
+    model = make_gpt(encoding)
+    signals = model.pe(window((8,)))    # the encoder attends too, but that is not the point here
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model.transform(randn(2, 8, 16), signals)
+    width = {"seqpe-scalar": 8 + 8, "alibi": 8 + 2}.get(encoding, 8)
+    assert calls == [(None, True, width, width, width)] * 2    # the CPU's kernel wants one width
+
+
+def test_no_matrix_of_all_pairs_is_built():
+    T, seen = 512, []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+            seen.extend((str(function), tuple(tensor.shape)) for tensor in tensors)
+            return result
+
+    for encoding in ("seqpe-scalar", "alibi"):
+        model = make_gpt(encoding, n_layer=1, block_size=T).float()
+        idx = tokens(2, T)
+        seen.clear()
+        with Recorder():
+            _, loss = model(idx, targets=idx)
+            loss.backward()
+        assert any("attention" in name and "backward" in name for name, _ in seen)
+        for name, shape in seen:
+            assert shape.count(T) < 2 and math.prod(shape) < T * T, (name, shape)
+
+    seen.clear()        # and it would have been noticed
+    with Recorder():
+        attn = model.blocks[0].attn
+        slow = torch.zeros(T, 8) @ torch.zeros(T, 8).T
+        attn(torch.zeros(1, T, 16))
+    assert slow.shape in [shape for _, shape in seen]
+
+
+def stretched(values, new):
+    """(old, C) -> (new, C): output p lies at (p + 0.5) * old / new - 0.5 of the input, or at its end."""
+    old, rows = len(values), []
+    for p in range(new):
+        at = min(max((p + 0.5) * old / new - 0.5, 0), old - 1)
+        low = min(int(at), old - 2)
+        rows.append(values[low] * (low + 1 - at) + values[low + 1] * (at - low))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("old, new", [(8, 16), (8, 24), (8, 13), (8, 5), (8, 8)])
+def test_text_is_stretched_linearly(old, new):
+    values = randn(old, 3)
+    torch.testing.assert_close(resize_grid(values, (old,), (new,)), stretched(values, new))
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_text_encodings_are_stretched(encoding):
+    model = make_gpt(encoding)
+    signal = model.pe(window((8,)), resize=((8,), (16,)))[0]
+    places = stretched(torch.arange(8.0).double().unsqueeze(-1), 16)     # 0, 0.25, 0.75, ... 6.75, 7
+    assert places[1:15].flatten().tolist() == [(p + 0.5) / 2 - 0.5 for p in range(1, 15)]
+    if encoding == "nope":
+        assert signal == Signal()
+    elif encoding == "rope":
+        angle = places * 10000 ** (-torch.arange(4) / 4)
+        torch.testing.assert_close(signal.rotate, torch.stack([angle.cos(), angle.sin()])[:, None].double(),
+                                   rtol=0, atol=1e-5)
+    elif encoding == "alibi":
+        j = signal.extend[1].sum(-1).double()
+        torch.testing.assert_close(j, places.T.expand(2, -1), rtol=0, atol=1e-5)
+    else:
+        e = stretched(model.pe.embedding(window((8,))), 16)
+        if encoding in ("seqpe-input", "sinusoidal", "learned"):
+            torch.testing.assert_close(signal.input.double(), e, rtol=0, atol=1e-6)
+        else:
+            e = model.pe.maps[0](e).view(16, 2, 2, 8).permute(1, 2, 0, 3)
+            torch.testing.assert_close(getattr(signal, FUSIONS[encoding.partition("-")[2]]), e)
+
+
+@pytest.mark.parametrize("encoding", ["seqpe-input", "sinusoidal", "learned"])
+@pytest.mark.parametrize("new", [(8, 8), (6, 9), (4, 4), (2, 3)])
+def test_a_grid_is_stretched_by_bicubic_interpolation(encoding, new):
+    model = make_vit(encoding)
+    e = model.pe.embedding(window((4, 4)))
+    grid = torch.stack([e[4 * row:4 * row + 4] for row in range(4)])                    # (4, 4, C)
+    slow = F.interpolate(grid.permute(2, 0, 1)[None], size=new, mode="bicubic", align_corners=False)[0]
+    signal = model.pe(window((4, 4)), resize=((4, 4), new))[0].input
+    assert signal[0].equal(model.pe.cls[0])
+    torch.testing.assert_close(signal[1:], torch.stack([slow[:, y, x] for y, x in window(new).tolist()]))
+
+
+@pytest.mark.parametrize("pe", ["rope", "rope_mixed"])
+def test_rope_is_stretched_over_fractional_positions(pe):
+    model = make_vit(pe)
+    signals = model.pe(window((4, 4)), resize=((4, 4), (8, 12)))
+    line = torch.arange(4.0).double()
+    # Bicubic interpolation of a straight line is only nearly that line.
+    rows = F.interpolate(line.view(1, 1, 4, 1), size=(8, 1), mode="bicubic").flatten()
+    columns = F.interpolate(line.view(1, 1, 1, 4), size=(1, 12), mode="bicubic").flatten()
+    assert (rows - stretched(line[:, None], 8)[:, 0]).abs().max() < 0.2
+    places = torch.cartesian_prod(rows, columns)                # (T, 2)
+    frequency = model.pe.frequency.expand(2, -1, -1, -1)
+    for layer, signal in enumerate(signals):
+        angle = places @ frequency[layer].double()              # (1 or H, T, D/2)
+        torch.testing.assert_close(signal.rotate[..., 1:, :].double(),
+                                   torch.stack([angle.cos(), angle.sin()]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make, encoding, shape", [*((make_gpt, encoding, (8,)) for encoding in TEXT),
+                                                   *((make_vit, encoding, (4, 4)) for encoding in IMAGE)])
+def test_stretching_to_the_training_size_changes_nothing(make, encoding, shape):
+    model = make(encoding)
+    for plain, stretch in zip(model.pe(window(shape)), model.pe(window(shape), resize=(shape, shape))):
+        for a, b in zip(plain, stretch):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_rope_keeps_its_angles_under_autocast():
+    model = make_gpt("rope").float()
+    exact = model.pe(SOME)[0].rotate
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.pe(SOME)[0].rotate, exact)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GPT
+
+
+def test_gpt_is_the_plain_transformer():
+    model = make_gpt("nope")
+    idx, weights = tokens(2, 7), weights_of(model)
+    logits, loss = model(idx)
+    assert loss is None and logits.shape == (2, 7, 11)
+    for row, sequence in zip(logits, idx):
+        x = weights["tokens.weight"][sequence]
+        for layer in range(2):
+            x = slow_block(x, weights, f"blocks.{layer}", 2, causal=True)
+        slow = slow_layer_norm(x, weights, "ln") @ weights["tokens.weight"].T     # tied weights
+        torch.testing.assert_close(row, slow)
+
+
+def test_weights_start_as_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_embd=64, vocab_size=100, pe="nope"))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == (1 if "ln" in name and "weight" in name else 0)).all(), name
+        else:
+            into_stream = name.endswith(("attn.proj.weight", "mlp.2.weight"))     # 0.02 / sqrt(2 n_layer)
+            std = parameter.detach().std().item()
+            assert std == pytest.approx(0.005 if into_stream else 0.02, rel=0.05), name
+    _, loss = model(tokens(4, 32, vocab_size=100), tokens(4, 32, vocab_size=100, seed=1))
+    assert loss.item() == pytest.approx(math.log(100), abs=0.1)
+
+
+def test_loss_is_the_mean_cross_entropy_of_targets_that_count():
+    model = make_gpt()
+    idx, targets = tokens(3, 8), tokens(3, 8, seed=1)
+    targets[0, :5] = -1
+    targets[2] = -1
+    with torch.no_grad():
+        logits, loss = model(idx, targets)
+    slow = [-math.log(float(logits[b, t].softmax(-1)[targets[b, t]]))
+            for b, t in itertools.product(range(3), range(8)) if targets[b, t] >= 0]
+    assert len(slow) == 11
+    assert float(loss) == pytest.approx(sum(slow) / 11)
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_positions_of_gpt(encoding):
+    model = make_gpt(encoding)
+    idx = tokens(2, 5)
+    logits, _ = model(idx)
+    torch.testing.assert_close(model(idx, positions=torch.arange(5))[0], logits)
+    # A row of positions for each sequence, or for each few in a row, is each sequence alone.
+    positions, batch = torch.tensor([[0, 1, 2, 3, 4], [7, 2, 3, 0, 5]]), tokens(6, 5)
+    for n in (1, 3):
+        together, _ = model(batch[:2 * n], positions=positions)
+        for b in range(2 * n):
+            alone, _ = model(batch[b:b + 1], positions=positions[b // n])
+            torch.testing.assert_close(together[b:b + 1], alone)
+    if encoding != "nope":
+        assert (together[3:] - model(batch[3:])[0]).abs().amax((1, 2)).min() > 0.01
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_gpt_cannot_see_the_future(encoding):
+    model = make_gpt(encoding)
+    idx = tokens(2, 8)
+    logits, _ = model(idx)
+    for t in range(1, 8):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 11
+        other, _ = model(changed)
+        torch.testing.assert_close(other[:, :t], logits[:, :t])
+        assert (other[:, t:] - logits[:, t:]).abs().amax((1, 2)).min() > 0.01
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_sequences_of_a_batch_do_not_meet(encoding):
+    model = make_gpt(encoding)
+    idx = tokens(3, 8)
+    logits, _ = model(idx)
+    for b in range(3):
+        torch.testing.assert_close(model(idx[b:b + 1])[0][0], logits[b])
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_gradients_reach_every_parameter_of_gpt(encoding):
+    model = make_gpt(encoding)
+    model(tokens(4, 8), tokens(4, 8, seed=1))[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.count_nonzero() > 0, name
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("shift", [1, 100, 700])
+def test_relative_encodings_do_not_see_a_shift(encoding, shift):
+    model = make_gpt(encoding)
+    idx = tokens(2, 8)
+    moved, _ = model(idx, positions=torch.arange(8) + shift)
+    torch.testing.assert_close(moved, model(idx)[0], rtol=0, atol=2e-3)    # angles are of float32 frequencies
+    other, _ = model(idx, positions=torch.arange(8) * 2)
+    assert (other - moved).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_gpt_interpolates_only_away_from_its_training_length(encoding):
+    model = make_gpt(encoding)
+    assert model(tokens(2, 8), interpolate=True)[0].equal(model(tokens(2, 8))[0])
+    long = tokens(2, 16)
+    stretch, _ = model(long, interpolate=True)
+    by_hand = model.transform(model.tokens(long), model.pe(window((8,)), resize=((8,), (16,))))
+    torch.testing.assert_close(stretch, by_hand @ model.tokens.weight.T)
+    if encoding not in ("nope", "learned"):     # the learned table has no positions past 8, nope none at all
+        assert (model(long)[0] - stretch).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_gpt_under_autocast(encoding):
+    model = make_gpt(encoding).float()
+    idx = tokens(2, 8)
+    exact, _ = model(idx)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(idx, idx)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert (logits.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_a_saved_gpt_is_the_same_gpt(encoding):
+    model, other = make_gpt(encoding, seed=0), make_gpt(encoding, seed=1)
+    idx = tokens(2, 8)
+    assert not torch.allclose(other(idx)[0], model(idx)[0])
+    other.load_state_dict(model.state_dict())
+    assert other(idx)[0].equal(model(idx)[0])
+
+
+@pytest.mark.parametrize("encoding", ["seqpe-scalar", "nope"])
+def test_dropout_acts_in_training_only(encoding):
+    plain, model = make_gpt(encoding), make_gpt(encoding, dropout=0.5)
+    idx = tokens(2, 8)
+    torch.manual_seed(0)
+    assert not torch.allclose(model(idx)[0], model(idx)[0])
+    assert model.eval()(idx)[0].equal(plain(idx)[0])
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(), dict(temperature=2.0, top_k=4)], ids=str)
+def test_the_cache_changes_nothing(encoding, sampling):
+    model = make_gpt(encoding)
+    idx = tokens(3, 4)
+    n = 4 if encoding == "learned" else 20      # the others go on past the training length of 8
+    with_cache, without = (model.generate(idx, n, use_cache=use_cache, generator=seeded(), **sampling)
+                           for use_cache in (True, False))
+    assert with_cache.equal(without)
+    assert with_cache.shape == (3, 4 + n) and with_cache[:, :4].equal(idx)
+    assert sampling == dict(temperature=0) or len(with_cache[:, 4:].unique()) > 2
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+def test_greedy_generation_takes_the_likeliest(encoding):
+    model = make_gpt(encoding)
+    idx = model.generate(tokens(2, 3), 5, temperature=0)
+    logits, _ = model(idx)
+    assert idx[:, 3:].equal(logits[:, 2:-1].argmax(-1))
+    assert model.generate(tokens(2, 3), 5, top_k=1, generator=seeded()).equal(idx)
+
+
+def test_sampling_keeps_to_the_top_k_and_to_the_generator():
+    model = make_gpt()
+    idx = model.generate(tokens(20, 2), 30, temperature=3.0, top_k=3, generator=seeded())
+    rank = model(idx)[0][:, 1:-1].argsort(-1, descending=True).argsort(-1).gather(-1, idx[:, 2:, None])
+    assert sorted(rank.unique().tolist()) == [0, 1, 2]
+    assert model.generate(tokens(20, 2), 30, temperature=3.0, top_k=3, generator=seeded()).equal(idx)
+    assert not model.generate(tokens(20, 2), 30, temperature=3.0, top_k=3, generator=seeded(1)).equal(idx)
+    of_all = model.generate(idx, 2, top_k=1000, generator=seeded())
+    assert of_all.equal(model.generate(idx, 2, generator=seeded()))
+
+
+def test_a_low_temperature_sharpens_the_distribution():
+    model = make_gpt()
+    idx = tokens(1, 4).expand(2000, -1)
+    p = (model(idx[:1])[0][0, -1] / 0.5).softmax(-1)
+    drawn = model.generate(idx, 1, temperature=0.5, generator=seeded())[:, -1]
+    assert (torch.bincount(drawn, minlength=11) / 2000 - p).abs().max() < 0.05
+
+
+def test_generation_encodes_each_position_once_and_sees_each_token_once():
+    model = make_gpt()
+    encoded, read = [], []
+    model.encoder.register_forward_hook(lambda module, args, e: encoded.append(e.shape[:-1].numel()))
+    model.tokens.register_forward_hook(lambda module, args, e: read.append(args[0].size(1)))
+    model.generate(tokens(2, 4), 10, generator=seeded())
+    assert encoded == [13]          # the last token is never read
+    assert read == [4] + [1] * 9
+
+
+@pytest.mark.parametrize("encoding", TEXT)
+@pytest.mark.parametrize("length", [1, 5])
+def test_generating_nothing_returns_the_prompt(encoding, length):
+    idx = tokens(2, length)
+    assert make_gpt(encoding).generate(idx, 0).equal(idx)
+
+
+@pytest.mark.parametrize("encoding, kwargs, limit, match", [
+    ("learned", {}, 8, r"learned.*\(8,\).*\(8,\)"),
+    ("seqpe-scalar", dict(n_digits=1), 10, r"10 is past.*0 to 9.*n_digits=2"),
+])
+def test_generation_stops_where_positions_end(encoding, kwargs, limit, match):
+    model = make_gpt(encoding, **kwargs)
+    assert model.pe.max_position == limit
+    # The last token needs no position: it is never read.
+    assert model.generate(tokens(1, 3), limit - 2, temperature=0).shape == (1, limit + 1)
+    with pytest.raises(ValueError, match=match):
+        model.generate(tokens(1, 3), limit - 1, temperature=0)
+
+
+@pytest.mark.parametrize("make, encoding", [(make_gpt, "seqpe-scalar"), (make_gpt, "learned"),
+                                            (make_gpt, "nope"), (make_vit, "seqpe-mul")])
+def test_the_optimizer_holds_every_parameter_once(make, encoding):
+    model = make(encoding)
+    optimizer = model.configure_optimizers(1e-3, 0.2, betas=(0.8, 0.9), encoder_learning_rate=5e-4)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    of_encoder = set(model.encoder.parameters()) if encoding.startswith("seqpe") else set()
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.9)
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.2 if p.dim() >= 2 else 0.0)
+            assert group["lr"] == (5e-4 if p in of_encoder else 1e-3)
+    assert {group["lr"] for group in model.configure_optimizers(1e-3).param_groups} == {1e-3}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ViT
+
+
+def images(*shape, seed=0):
+    return randn(*shape, seed=seed)
+
+
+def test_vit_is_the_plain_transformer():
+    model = make_vit("nope")
+    batch, weights = images(2, 2, 6, 4), weights_of(model)
+    logits, loss = model(batch)
+    assert loss is None and logits.shape == (2, 5)
+    for row, image in zip(logits, batch):
+        patches = torch.stack([image[:, y:y + 2, x:x + 2].flatten() for y in (0, 2, 4) for x in (0, 2)])
+        h = patches @ weights["patches.weight"].flatten(1).T + weights["patches.bias"]
+        h = torch.cat([weights["cls"][None], h])
+        for layer in range(2):
+            h = slow_block(h, weights, f"blocks.{layer}", 2, causal=False)
+        slow = slow_linear(slow_layer_norm(h, weights, "ln")[0], weights, "head")
+        torch.testing.assert_close(row, slow)
+    targets = torch.tensor([4, 0])
+    slow = -(logits[0].softmax(-1)[4].log() + logits[1].softmax(-1)[0].log()) / 2
+    torch.testing.assert_close(model(batch, targets)[1], slow)
+
+
+@pytest.mark.parametrize("encoding", IMAGE)
+@pytest.mark.parametrize("height, width", [(8, 8), (4, 4), (4, 8), (6, 2), (12, 12), (6, 14)])
+def test_images_of_any_size(encoding, height, width):
+    model = make_vit(encoding)
+    x = images(2, 2, height, width)
+    stretch, _ = model(x, interpolate=True)
+    assert stretch.shape == (2, 5) and stretch.isfinite().all()
+    if encoding == "learned" and max(height, width) > 8:
+        with pytest.raises(ValueError, match=r"learned table.*\(4, 4\).*interpolate=True"):
+            model(x)
+        return
+    logits, _ = model(x)
+    assert logits.shape == (2, 5) and logits.isfinite().all()
+    torch.testing.assert_close(model(x[1:])[0][0], logits[1])
+    same = encoding == "nope" or (height, width) == (8, 8)
+    assert torch.allclose(logits, stretch) == same
+
+
+@pytest.mark.parametrize("encoding", ["seqpe-mul", "rope", "sinusoidal"])
+@pytest.mark.parametrize("height, width", [(4, 12), (10, 6)])
+def test_patches_of_an_oblong_image_are_at_row_and_column(encoding, height, width):
+    model, grid = make_vit(encoding), (height // 2, width // 2)
+    x = images(2, 2, height, width)
+    h = torch.cat([model.cls.expand(2, 1, -1), model.patches(x).flatten(2).transpose(1, 2)], dim=1)
+    for interpolate, signals in ((False, model.pe(window(grid))),
+                                 (True, model.pe(window((4, 4)), resize=((4, 4), grid)))):
+        slow = model.head(model.transform(h, signals)[:, 0])
+        torch.testing.assert_close(model(x, interpolate=interpolate)[0], slow)
+
+
+@pytest.mark.parametrize("encoding", IMAGE)
+def test_positions_of_vit(encoding):
+    model = make_vit(encoding)
+    batch = images(6, 2, 4, 6)
+    grids = window((2, 3), torch.tensor([[0, 0], [2, 1]]))      # both inside the learned table
+    torch.testing.assert_close(model(batch, positions=grids[0])[0], model(batch)[0])
+    for n in (1, 3):
+        together, _ = model(batch[:2 * n], positions=grids)
+        for b in range(2 * n):
+            alone, _ = model(batch[b:b + 1], positions=grids[b // n])
+            torch.testing.assert_close(together[b:b + 1], alone)
+    if encoding != "nope":
+        assert (together[3:] - model(batch[3:])[0]).abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("encoding", IMAGE)
+def test_vit_knows_where_a_patch_is_unless_it_has_no_encoding(encoding):
+    model = make_vit(encoding)
+    x = images(3, 2, 8, 8)
+    patches = x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).transpose(3, 4).flatten(4)    # (B, C, 4, 4, 4)
+    order = torch.randperm(16, generator=seeded())
+    patches = patches.flatten(2, 3)[:, :, order].unflatten(2, (4, 4)).unflatten(4, (2, 2))
+    permuted = patches.transpose(3, 4).flatten(4).flatten(2, 3)
+    assert sorted(permuted.flatten().tolist()) == sorted(x.flatten().tolist())
+    assert permuted[:, :, :2, :2].equal(x[:, :, 2 * (order[0] // 4):, 2 * (order[0] % 4):][:, :, :2, :2])
+    assert torch.allclose(model(permuted)[0], model(x)[0]) == (encoding == "nope")
+
+
+@pytest.mark.parametrize("encoding", IMAGE)
+def test_the_class_token_has_a_position_of_its_own(encoding):
+    model = make_vit(encoding)
+    for here, there, stretch in zip(model.pe(window((4, 4))), model.pe(window((2, 2), torch.tensor([1, 2]))),
+                                    model.pe(window((4, 4)), resize=((4, 4), (6, 6)))):
+        for a, b, c in zip(here, there, stretch):
+            if a is not None:
+                assert a.size(-2) == 17 and b.size(-2) == 5 and c.size(-2) == 37
+                torch.testing.assert_close(a[..., 0, :], b[..., 0, :])
+                torch.testing.assert_close(a[..., 0, :], c[..., 0, :])
+                # The patches' rows are where they are, after it: (1, 2) is row 7 of (4, 4).
+                torch.testing.assert_close(a[..., 7, :], b[..., 1, :])
+    if "rope" in encoding:      # where nothing turns
+        cos, sin = here.rotate[..., 0, :]
+        assert (cos == 1).all() and (sin == 0).all()
+    elif encoding != "nope":
+        before = model(images(2, 2, 8, 8))[0]
+        with torch.no_grad():
+            model.pe.cls += randn(1, 16)
+        assert (model(images(2, 2, 8, 8))[0] - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("encoding", IMAGE)
+def test_gradients_reach_every_parameter_of_vit(encoding):
+    model = make_vit(encoding)
+    model(images(4, 2, 8, 8), torch.tensor([0, 1, 2, 3]))[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.count_nonzero() > 0, name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Three dimensions
+
+
+def test_video_from_end_to_end():
+    """(t, y, x) needs no code of its own: digits, windows, encoder, both regularisers."""
+    shape, n_digits = (2, 3, 4), 3
+    clips = window(shape, torch.tensor([[0, 0, 0], [997, 600, 31]]))
+    assert clips.shape == (2, 24, 3)
+    assert clips[1, ::4][:4].tolist() == [[997, 600, 31], [997, 601, 31], [997, 602, 31], [998, 600, 31]]
+    digits = position_to_digits(clips, n_digits)
+    assert digits[1, 0].tolist() == [9, 9, 7, 6, 0, 0, 0, 3, 1]
+    assert digits_to_position(digits, n_digits).equal(clips)
+
+    encoder = make_encoder(n_dim=3, n_digits=n_digits, base=10)
+    e = encoder(clips)
+    assert e.shape == (2, 24, 16) and F.pdist(e.flatten(0, 1)).min() > 1e-3
+    torch.testing.assert_close(e[1, 23], slow_encoder(encoder, (998, 602, 34)))
+    orders = torch.tensor(list(itertools.permutations((7, 80, 500))))
+    assert F.pdist(encoder(orders)).min() > 1e-3
+
+    loss = position_regularizers(encoder, shape, n_pivots=4, n_candidates=6, n_students=2, generator=seeded())
+    loss.backward()
+    assert loss > 0 and encoder.dimension.weight.grad.norm(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("new", [(2, 3, 4), (4, 3, 2), (1, 5, 7)])
+def test_a_box_is_stretched_linearly_along_each_axis(new):
+    old, values = (2, 3, 4), randn(24, 5)
+    slow = values.view(*old, 5)
+    for axis, size in enumerate(new):
+        slow = stretched(slow.transpose(0, axis), size).transpose(0, axis)
+    torch.testing.assert_close(resize_grid(values, old, new), slow.reshape(-1, 5))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def gpt_config(**settings):
+    return GPT(GPTConfig(**{**dict(n_layer=1, n_head=2, n_embd=8, block_size=8), **settings}))
+
+
+def vit_config(**settings):
+    return ViT(ViTConfig(**{**dict(n_layer=1, n_head=2, n_embd=8, image_size=8), **settings}))
+
+
+def row(*values):
+    return torch.tensor(values)
+
+
+ERRORS = {
+    "negative position": (lambda: position_to_digits(row(3, -2), 4), ValueError, "negative.*-2"),
+    "position past the limit":
+        (lambda: position_to_digits(row(5, 10000), 4), ValueError, "10000 .*4.*10.*9999.*n_digits=5"),
+    "position far past the limit":
+        (lambda: position_to_digits(row(123456), 4, 2), ValueError, "123456 .*4.*2.*15.*n_digits=17"),
+    "float positions":
+        (lambda: position_to_digits(row(1.0), 4), TypeError, "integers.*torch.float32"),
+    "complex positions":
+        (lambda: position_to_digits(row(1j), 4), TypeError, "integers.*torch.complex64"),
+    "bool positions": (lambda: position_to_digits(row(True), 4), TypeError, "integers.*torch.bool"),
+    "a list of positions": (lambda: position_to_digits([1, 2], 4), TypeError, "integers.*list"),
+    "a number as position": (lambda: position_to_digits(7, 4), TypeError, "integers.*int"),
+    "a scalar as position": (lambda: position_to_digits(torch.tensor(7), 4), ValueError, "n_dim.*scalar"),
+    "base 1": (lambda: position_to_digits(row(0), 4, base=1), ValueError, "base.*at least 2.*got 1"),
+    "no digits": (lambda: position_to_digits(row(0), 0), ValueError, r"n_digits.*at least 1.*\b0\b"),
+    "too many digits": (lambda: position_to_digits(row(0), 64, 2), ValueError, "2.*n_digits=64.*64-bit"),
+    "digits of half a position":
+        (lambda: digits_to_position(row(1, 2, 3), 2), ValueError, "3 digits.*n_digits=2"),
+    "digit past the base": (lambda: digits_to_position(row(1, 5), 2, 5), ValueError, "5.*0 to 4.*1 to 5"),
+    "negative digit": (lambda: digits_to_position(row(-1, 5), 2), ValueError, "0 to 9.*-1 to 5"),
+    "base 1 to read": (lambda: digits_to_position(row(0), 1, base=1), ValueError, "base.*at least 2.*got 1"),
+    "no digits to read": (lambda: digits_to_position(row(0), 0), ValueError, r"n_digits.*at least 1.*\b0\b"),
+
+    "encoder: negative": (lambda: SeqPE(8)(row(-5)), ValueError, "negative.*-5"),
+    "encoder: past the limit":
+        (lambda: SeqPE(8, n_digits=2)(row(100)), ValueError, "100 .*99.*n_digits=3"),
+    "encoder: float": (lambda: SeqPE(8)(torch.ones(3)), TypeError, "integers.*torch.float32"),
+    "encoder: bool": (lambda: SeqPE(8)(row(True)), TypeError, "integers.*torch.bool"),
+    "encoder: list": (lambda: SeqPE(8)([1, 2]), TypeError, "integers.*list"),
+    "encoder: wrong last dimension":
+        (lambda: SeqPE(8, n_dim=2)(torch.zeros(4, 3).long()), ValueError, r"n_dim=2.*\(4, 3\)"),
+    "encoder: no last dimension": (lambda: SeqPE(8, n_dim=2)(torch.tensor(3)), ValueError, r"n_dim=2.*\(\)"),
+    "encoder: n_embd and n_head": (lambda: SeqPE(10, 4), ValueError, "n_embd=10.*n_head=4"),
+    "encoder: base 1": (lambda: SeqPE(8, base=1), ValueError, "base.*at least 2.*got 1"),
+    "encoder: no digits": (lambda: SeqPE(8, n_digits=0), ValueError, r"n_digits.*at least 1.*\b0\b"),
+    "encoder: no layers": (lambda: SeqPE(8, n_layer=0), ValueError, "n_layer.*at least 1.*0"),
+    "encoder: no dimensions": (lambda: SeqPE(8, n_dim=0), ValueError, "n_dim.*at least 1.*0"),
+    "encoder: no heads": (lambda: SeqPE(8, n_head=0), ValueError, "n_head.*at least 1.*0"),
+    "encoder: no channels": (lambda: SeqPE(0), ValueError, "n_embd.*at least 1.*0"),
+
+    "window that does not fit": (lambda: sample_windows((4, 11), 4, 2, 10), ValueError, r"\(4, 11\).*0 to 9"),
+    "regularisers: window that does not fit":
+        (lambda: position_regularizers(SeqPE(8, n_digits=1), (11,)), ValueError, r"\(11,\).*0 to 9"),
+    "regularisers: a window of other dimensions":
+        (lambda: position_regularizers(SeqPE(8, n_dim=2), (8,), 0), ValueError, r"\(8,\).*n_dim=2"),
+    "regularisers: no pivots":
+        (lambda: position_regularizers(SeqPE(8), (8,), n_pivots=0), ValueError, "n_pivots.*at least 1"),
+    "regularisers: no candidates":
+        (lambda: position_regularizers(SeqPE(8), (8,), n_candidates=0), ValueError, "n_cand.*at least 1"),
+    "regularisers: no students":
+        (lambda: position_regularizers(SeqPE(8), (8,), n_students=0), ValueError, "n_students.*at least 1"),
+    "regularisers: no samples":
+        (lambda: position_regularizers(SeqPE(8), (8,), n_samples=0), ValueError, "n_samples.*at least 1"),
+    "distances past 64 bits": (lambda: sample_candidates(2, 3, 1, 10), ValueError, "10000000000.*64-bit"),
+    "distances past 64 bits in 3-D":
+        (lambda: sample_candidates(2, 3, 3, 31, 2), ValueError, "3-D.*2147483648.*64-bit"),
+
+    "block: n_embd and n_head": (lambda: Block(10, 4), ValueError, "n_embd=10.*n_head=4"),
+    "gpt: n_embd and n_head": (lambda: gpt_config(n_embd=10, n_head=4), ValueError, "n_embd=10.*n_head=4"),
+    "gpt: unknown encoding": (lambda: gpt_config(pe="rpoe"), ValueError, "'rpoe'.*" + ".*".join(ENCODINGS)),
+    "gpt: unknown fusion": (lambda: gpt_config(fusion="sum"), ValueError, "'sum'.*" + ".*".join(FUSIONS)),
+    "gpt: window that does not fit":
+        (lambda: gpt_config(block_size=1001, n_digits=3), ValueError, r"\(1001,\).*0 to 999.*n_digits"),
+    "gpt: too many digits": (lambda: gpt_config(n_digits=19), ValueError, "10.*n_digits=19.*64-bit"),
+    "gpt: base 1": (lambda: gpt_config(base=1), ValueError, "base.*at least 2.*got 1"),
+    "gpt: rope_mixed": (lambda: gpt_config(pe="rope_mixed"), ValueError, "rope_mixed.*2 dimensions"),
+    "gpt: odd heads for rope": (lambda: gpt_config(pe="rope", n_embd=6), ValueError, "divisible by 2.*3"),
+    "gpt: odd width for sinusoidal":
+        (lambda: gpt_config(pe="sinusoidal", n_embd=9, n_head=3), ValueError, "divisible by 2.*9"),
+    "gpt: past the table":
+        (lambda: gpt_config(pe="learned")(torch.zeros(1, 9).long()), ValueError, r"\(8,\).*\(8,\).*interp"),
+    "gpt: past the digits":
+        (lambda: gpt_config(n_digits=1)(torch.zeros(1, 11).long()), ValueError, "10 .*0 to 9.*n_digits=2"),
+    "gpt: negative positions, table":
+        (lambda: gpt_config(pe="learned")(torch.zeros(1, 2).long(), positions=row(-1, 0)), ValueError, "-1"),
+    "gpt: windows that do not divide the batch":
+        (lambda: gpt_config()(row([1], [2], [3]), positions=row([0], [1])), ValueError, "2 windows.*3"),
+    "gpt: an empty prompt":
+        (lambda: gpt_config().generate(torch.zeros(1, 0).long(), 3), ValueError, "at least one"),
+
+    "vit: image and patch":
+        (lambda: vit_config(image_size=30), ValueError, "image_size=30.*patch_size=4"),
+    "vit: an image of other sizes":
+        (lambda: vit_config()(torch.zeros(1, 1, 8, 10)), ValueError, r"\(8, 10\).*patch_size=4"),
+    "vit: alibi": (lambda: vit_config(pe="alibi"), ValueError, "alibi.*text"),
+    "vit: heads for rope": (lambda: vit_config(pe="rope", n_embd=12), ValueError, "divisible by 4.*6"),
+    "vit: width for sinusoidal":
+        (lambda: vit_config(pe="sinusoidal", n_embd=10), ValueError, "2-D.*divisible by 4.*10"),
+    "vit: unknown encoding": (lambda: vit_config(pe="2d"), ValueError, "'2d'.*" + ".*".join(ENCODINGS)),
+    "vit: window that does not fit":
+        (lambda: vit_config(image_size=44, n_digits=1), ValueError, r"\(11, 11\).*0 to 9.*n_digits"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_value_and_the_limit(name):
+    call, error, match = ERRORS[name]
+    with pytest.raises(error, match=match):
+        call()
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "n_digits", "base", "pe_width", "block_size",
+                                  "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_gpt_has_no_size_below_one(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least.*{value}"):
+        gpt_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "image_size", "patch_size", "n_channels",
+                                  "n_classes"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_vit_has_no_size_below_one(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least.*{value}"):
+        vit_config(**{name: value})
+
+
+def test_seqpe_needs_only_torch():
+    tree = ast.parse(Path(seqpe.__file__).read_text(encoding="utf-8"))
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {module.partition(".")[0] for module in modules} <= {"torch", *sys.stdlib_module_names}

@@ -1,0 +1,450 @@
+"""Train a small GPT on characters, then read on far beyond the length it was trained on.
+
+    python train_lm.py --pe seqpe               real text: the source of Python's own standard library, no download
+    python train_lm.py --pe all                 every encoding in turn, on the same batches, in one table
+    python train_lm.py --data shakespeare       or --data FILE: other text
+    python train_lm.py --resume                 go on after Ctrl-C, a crash or a closed laptop
+    python train_lm.py --load out/FILE.pt --sample "def " --eval
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import sysconfig
+import time
+import urllib.request
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from seqpe import FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, window
+
+N_EVALUATED = 64        # windows of validation text in a score
+NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile")     # do not make another run
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments and data
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments that train_lm.py and train_vit.py share."""
+
+    def __init__(self, description, encodings):
+        super().__init__(description=description.split("\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.encodings = encodings
+        for name, kind, default, text in (
+                ("pe", self.names, "seqpe", f"a comma list of {', '.join(encodings)}; or all"),
+                ("fusion", str, "scalar", f"how SeqPE enters the model: {', '.join(FUSIONS)}"),
+                ("digits", at_least(1), 4, "digits of a position"),
+                ("base", at_least(2), 10, "base of the digits"),
+                ("pe-width", at_least(1), 64, "width of SeqPE's encoder"),
+                ("contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
+                ("distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
+                ("shift-prob", at_least(0, float), 0.5, "share of steps whose windows start at random places"),
+                ("pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's; 0 for none"),
+                ("n-layer", at_least(1), 4, "layers of the model"),
+                ("n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
+                ("n-embd", at_least(1), 128, "width of the model"),
+                ("steps", at_least(1), 800, "training steps"),
+                ("batch-size", at_least(1), 32, "sequences in a step"),
+                ("lr", at_least(0, float), 3e-3, "peak learning rate"),
+                ("seed", int, 0, "seed of everything random"),
+                ("device", pick_device, "auto", "cuda, mps or cpu; auto takes the first there is"),
+                ("out", Path, "out", "folder of checkpoints and results")):
+            self.add_argument(f"--{name}", type=kind, default=default, help=text)
+        self.add_argument("--compile", action="store_true", help="torch.compile the model")
+        self.add_argument("--resume", action="store_true", help="go on with the interrupted run of these arguments")
+        self.add_argument("--load", type=Path, metavar="CHECKPOINT", help="look at a checkpoint, do not train")
+        self.add_argument("--eval", action="store_true", help="with --load: print its table")
+
+    def names(self, text):
+        names = self.encodings if text == "all" else text.split(",")
+        if unknown := set(names) - set(self.encodings):
+            raise argparse.ArgumentTypeError(f"unknown {unknown.pop()!r}; known: {', '.join(self.encodings)}, all")
+        return names
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def at_least(low, kind=int):
+    def parse(text):
+        if not low <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return kind(text)
+    parse.__name__ = kind.__name__      # for argparse's own message: invalid int value
+    return parse
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    if not there.get(name):
+        raise argparse.ArgumentTypeError(f"torch finds no {name!r} here; try auto or cpu")
+    return name
+
+
+def download(url, path, sha256):
+    """Fetch url to path, once; what does not have the right SHA-256 is kept apart and not used."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                write_file(path, response.read())
+        except OSError as error:        # URLError too
+            raise ValueError(f"could not download {url} ({error}); offline? Put the file at {path}") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        bad = path.replace(path.with_name(path.name + ".bad"))
+        raise ValueError(f"{path} does not have SHA-256 {sha256[:12]}...: moved to {bad}, not used; try again")
+    return path
+
+
+def read_text(data):
+    """--data -> training and validation text."""
+    if data == "python":
+        # Whole files; those whose name has a checksum that ends in 0 are for validation.
+        text = {True: "", False: ""}
+        for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+            text[zlib.crc32(file.name.encode()) % 10 == 0] += file.read_text(encoding="utf-8")
+        return text[False], text[True]
+    if data == "shakespeare":
+        data = download("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                        Path(__file__).resolve().parent / "data" / "tinyshakespeare.txt",
+                        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+    try:
+        text = Path(data).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--data {data}: not a UTF-8 text file") from None
+    except OSError as error:
+        raise ValueError(f"--data {data}: {error.strerror}; give python, shakespeare or a text file") from None
+    return text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
+
+
+class Text:
+    """Next-character prediction, scored by the loss on the same last characters with more and more context."""
+    score, unit = "loss", "nats per character (perplexity)"
+
+    def __init__(self, args, vocabulary=None, read=True):
+        self.args = args
+        train, val = read_text(args.data) if read else ("", "")
+        self.vocabulary = vocabulary or sorted(set(train + val))
+        self.lengths = [args.block_size * 2 ** i for i in range(5)]     # of contexts: 1x to 16x
+        if not read:
+            return
+        if len(self.vocabulary) < 2 or min(len(train), len(val)) <= args.block_size:
+            raise ValueError(f"--data {args.data}: {len(train + val)} characters, {len(self.vocabulary)} different "
+                             f"ones, are too few for --block-size {args.block_size}")
+        self.train, self.val = self.encode(train), self.encode(val)
+        if self.lengths[-1] >= len(val):
+            self.lengths = [T for T in self.lengths if T < len(val)]
+            print(f"{len(val)} characters of validation text: scored at context lengths {self.lengths} only")
+
+    def encode(self, text):
+        if unknown := set(text) - set(self.vocabulary):
+            raise ValueError(f"characters outside the vocabulary: {''.join(sorted(unknown))!r}")
+        index = {c: i for i, c in enumerate(self.vocabulary)}
+        return torch.tensor([index[c] for c in text])
+
+    def model(self, pe):
+        args, longest = self.args, self.lengths[-1]
+        if pe == "seqpe" and longest > args.base ** args.digits:
+            raise ValueError(f"--digits {args.digits} write {args.base ** args.digits} positions, the longest "
+                             f"context has {longest}: it needs --digits {digits_needed(longest - 1, args.base)}")
+        return GPT(GPTConfig(block_size=args.block_size, vocab_size=len(self.vocabulary), n_layer=args.n_layer,
+                             n_head=args.n_head, n_embd=args.n_embd, pe=pe, fusion=args.fusion,
+                             n_digits=args.digits, base=args.base, pe_width=args.pe_width))
+
+    def batch(self, generator):
+        """(B, T + 1) characters of training text."""
+        T = self.args.block_size
+        start = torch.randint(len(self.train) - T, (self.args.batch_size, 1), generator=generator)
+        return self.train[start + torch.arange(T + 1)]
+
+    def loss(self, model, batch, positions=None):
+        batch = batch.to(self.args.device)
+        return model(batch[:, :-1], batch[:, 1:], None if positions is None else positions.squeeze(-1))[1]
+
+    def windows(self, T):
+        """(N_EVALUATED, T + 1) characters of validation text, which end at the same places for every T."""
+        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), N_EVALUATED).long()
+        return self.val[ends.unsqueeze(1) + torch.arange(-T - 1, 0)]
+
+    @torch.no_grad()
+    def validate(self, model):
+        return self.loss(model, self.windows(self.args.block_size)).item()
+
+    @torch.no_grad()
+    def evaluate(self, model):
+        """{context length: loss on the last block_size characters, in nats per character}."""
+        losses, L = {}, self.args.block_size
+        for T in self.lengths:
+            batches = self.windows(T).to(self.args.device).split(max(1, 16384 // T))
+            # The table has nothing to say beyond its last position: it is stretched.
+            logits = [model(b[:, :-1], interpolate=model.config.pe == "learned")[0][:, -L:] for b in batches]
+            targets = [b[:, -L:] for b in batches]
+            losses[T] = F.cross_entropy(torch.cat(logits).float().flatten(0, 1), torch.cat(targets).flatten()).item()
+        return losses
+
+    def format(self, loss):
+        return f"{loss:.3f} ({math.exp(loss):.2f})"
+
+    def show(self, model):
+        """A sample longer than the training context (the table's cannot be), and what SeqPE's space looks like."""
+        prompt = self.args.sample or "def "
+        n_tokens = min(2 * self.args.block_size, model.pe.max_position or math.inf) - len(prompt)
+        idx = self.encode(prompt).unsqueeze(0).to(self.args.device)
+        generator = torch.Generator(self.args.device).manual_seed(self.args.seed)
+        idx = model.generate(idx, n_tokens, temperature=0.8, top_k=20, generator=generator)
+        print("\n" + "".join(self.vocabulary[i] for i in idx[0].tolist()))
+        if model.encoder:
+            print("\n" + heat_map(model.encoder))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Run:
+    """One encoding's training: its settings, and its files."""
+
+    def __init__(self, pe, args):
+        self.pe, self.out = pe, args.out
+        self.settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS} | {"pe": pe}
+        self.stem = f"{Path(args.data).stem}-{pe}-seed{args.seed}"
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:6]
+        self.progress, self.final, self.record = (args.out / f"{self.stem}-{digest}{end}"
+                                                  for end in (".part.pt", ".pt", ".json"))
+
+    def resume(self):
+        """The checkpoint to go on from, or None."""
+        if self.progress.exists():
+            return load_checkpoint(self.progress)
+        if others := sorted(self.out.glob(f"{self.stem}-*.part.pt"), key=os.path.getmtime):
+            theirs = load_checkpoint(others[-1])["settings"]
+            different = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in self.settings.items()
+                         if theirs.get(k) != v]
+            raise ValueError(f"--resume: {others[-1]} has other arguments: {'; '.join(different)}")
+        print(f"{self.pe}: nothing to resume, starting from step 0")
+
+
+def write_file(path, data):
+    """Write beside path, flush to disk, then move into place: path is never half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("settings", "step", "model", "optimizer", "random", "vocabulary")}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception:       # whatever a damaged or foreign file makes the unpickler say
+        raise ValueError(f"{path}: not a checkpoint of this script (truncated, foreign or older)") from None
+
+
+def learning_rate(step, warmup, args, of_encoder):
+    """The encoder's warm-up: falls to 0. Then for all: up over the first 5 %, down along a cosine to a tenth."""
+    if step < warmup:
+        return args.lr * (1 - step / warmup) if of_encoder else 0.0
+    done = (step - warmup) / args.steps
+    return args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def training_loss(task, model, forward, data, step, warmup, args):
+    """The loss of one step: the encoder's regularisers alone at first, then with the model's own loss."""
+    encoder, shape = model.encoder, model.window
+    weights = [args.contrastive_weight, args.distill_weight]
+    if step < warmup:       # nothing to disturb yet: L_delta at full weight, and four times the groups
+        return position_regularizers(encoder, shape, float(weights[0] > 0), weights[1], n_groups=16)
+    positions = None
+    if encoder and torch.rand(()) < args.shift_prob:
+        # Eight windows, each at a random place, share out the sequences of the batch.
+        starts = [torch.randint(encoder.max_position - size + 1, (math.gcd(8, args.batch_size),)) for size in shape]
+        positions = window(shape, torch.stack(starts, dim=-1))
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        loss = task.loss(forward, task.batch(data), positions)
+    return loss + position_regularizers(encoder, shape, *weights) if encoder else loss
+
+
+def train(task, run, args, stop):
+    """Train one encoding; returns the model, or None when told to stop."""
+    torch.manual_seed(args.seed)
+    data = torch.Generator().manual_seed(args.seed)     # the same batches for every encoding
+    model = task.model(run.pe).to(args.device)
+    optimizer = model.configure_optimizers(args.lr)
+    # The encoder's gradient is clipped apart from the model's, as either may be much the larger.
+    parts = [[p for group in optimizer.param_groups if group["of_encoder"] == of_encoder for p in group["params"]]
+             for of_encoder in ([True, False] if model.encoder else [False])]
+    warmup = args.pe_warmup if model.encoder and (args.contrastive_weight or args.distill_weight) else 0
+    total, first, kept = warmup + args.steps, 0, 0
+    if args.resume and (checkpoint := run.resume()):
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"]["torch"])
+        data.set_state(checkpoint["random"]["data"])
+        if args.device == "cuda" and checkpoint["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
+        first = checkpoint["step"]
+        print(f"{run.pe}: going on from step {first}")
+    elif run.progress.exists():
+        kept = load_checkpoint(run.progress)["step"]
+        print(f"{run.progress} holds step {kept} of this command, and will until this run is further; "
+              "--resume would go on from there")
+
+    def save(path):
+        random = {"torch": torch.get_rng_state(), "data": data.get_state(),
+                  "cuda": torch.cuda.get_rng_state_all() if args.device == "cuda" else []}
+        buffer = io.BytesIO()
+        torch.save(dict(settings=run.settings, step=step + 1, model=model.state_dict(), random=random,
+                        optimizer=optimizer.state_dict(), vocabulary=task.vocabulary), buffer)
+        write_file(path, buffer.getvalue())
+
+    forward, shown = torch.compile(model) if args.compile else model, {}
+    bar = tqdm(range(first, total), initial=first, total=total, desc=run.pe, mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, warmup, args, group["of_encoder"])
+        loss = training_loss(task, model, forward, data, step, warmup, args)
+        loss.backward()
+        norms = [torch.nn.utils.clip_grad_norm_(part, 1.0) for part in parts]
+        optimizer.step()
+        optimizer.zero_grad()
+        stopping = bool(stop) and step + 1 < total
+        if not (step % 20 == 19 or step + 1 == total or stopping):
+            continue                    # .item() would wait for a GPU
+        if not all(math.isfinite(x.item()) for x in (loss, *norms)):
+            raise ValueError(f"{run.pe}: the loss is not finite at step {step + 1}, try a smaller --lr; the last "
+                             f"good checkpoint, if there was one, is {run.progress}")
+        shown["loss"] = f"{loss.item():.3f}"
+        if step >= warmup and step % 100 == 99:
+            shown["val"] = f"{task.validate(model):.3f}"
+        bar.set_postfix(shown)
+        if (step % 100 == 99 or stopping) and kept < step + 1 < total:
+            save(run.progress)
+        if stopping:
+            bar.close()
+            print(f"{run.pe}: stopped at step {step + 1} of {total}; --resume goes on from there")
+            return None
+    save(run.final)
+    run.progress.unlink(missing_ok=True)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is shown at the end
+
+
+def table(task, rows):
+    """rows {name: {length: score}} as text, a small chart at the end of each."""
+    scores = [score for row in rows.values() for score in row.values()]
+    low, high = min(scores), max(scores)
+    lines = [f"{task.unit} with a context of", " " * 12 + "".join(f"{length:>15}" for length in next(iter(rows.values())))]
+    for name, row in rows.items():
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (score - low) / (high - low or 1))] * 2 for score in row.values())
+        lines.append(f"{name:<12}" + "".join(f"{task.format(score):>15}" for score in row.values()) + "   " + bars)
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def heat_map(encoder, size=32):
+    """e_i . e_j as a picture: in the training window, and at the far end of what the digits can write."""
+    pictures = []
+    for start in (0, encoder.max_position - size):
+        e = encoder(torch.arange(start, start + size).unsqueeze(-1).expand(-1, encoder.n_dim)).cpu()
+        dots = e @ e.T
+        pictures.append((dots - dots.min()) / (dots.max() - dots.min()))
+    lines = [f"e_i . e_j, i and j in 0..{size - 1} and in {encoder.max_position - size}..{encoder.max_position - 1}"]
+    for upper, lower in zip(torch.cat(pictures, 1)[0::2].tolist(), torch.cat(pictures, 1)[1::2].tolist()):
+        if sys.stdout.isatty():     # two pixels a character: an upper half block, and what is behind it
+            lines.append("".join(f"\x1b[38;5;{232 + round(23 * u)};48;5;{232 + round(23 * v)}m▀"
+                                 for u, v in zip(upper, lower)) + "\x1b[0m")
+        else:
+            lines.append("".join(" ░▒▓█"[round(2 * (u + v))] for u, v in zip(upper, lower)))
+    return "\n".join(lines)
+
+
+def run_all(make_task, args):
+    """Train each encoding of args.pe, or look at args.load; returns {encoding: {length: score}}."""
+    torch.set_float32_matmul_precision("high")      # TF32 on CUDA
+    torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
+    if args.load:
+        checkpoint = load_checkpoint(args.load)
+        vars(args).update(checkpoint["settings"])
+        task = make_task(args, checkpoint["vocabulary"], read=args.eval)
+        model = task.model(args.pe).to(args.device)
+        model.load_state_dict(checkpoint["model"])
+        rows = {args.pe: task.evaluate(model)} if args.eval else {}
+        if args.eval:
+            print(table(task, rows))
+        task.show(model)
+        return rows
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    task, rows, stop = make_task(args), {}, []
+    for pe in args.pe:
+        task.model(pe)      # what is wrong with any of them is said before the first is trained
+
+    def on_interrupt(*_):   # the first Ctrl-C ends the step, the second the program
+        stop.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    for run in [Run(pe, args) for pe in args.pe]:
+        if args.resume and run.record.exists():
+            rows[run.pe] = {int(T): v for T, v in json.loads(run.record.read_text())[task.score].items()}
+            print(f"{run.record} is finished")
+            continue
+        began = time.time()
+        model = train(task, run, args, stop)
+        if model is None:
+            break
+        rows[run.pe] = task.evaluate(model)
+        print(f"{'replacing' if run.record.exists() else 'writing'} {run.record}")
+        record = {"pe": run.pe, "data": args.data, "seed": args.seed, "device": args.device,
+                  "arguments": run.settings, "seconds": round(time.time() - began), task.score: rows[run.pe]}
+        write_file(run.record, json.dumps(record, indent=1).encode())
+        task.show(model)
+    signal.signal(signal.SIGINT, before)
+    if rows:
+        print("\n" + table(task, rows))
+    if stop:
+        sys.exit(130)
+    return rows
+
+
+def run_script(main):
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None):
+    parser = Parser(__doc__, ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"])
+    parser.add_argument("--data", default="python", help="python, shakespeare, or a text file")
+    parser.add_argument("--block-size", type=at_least(1), default=128, help="training length, in characters")
+    parser.add_argument("--sample", metavar="PROMPT", help="text to go on from at the end")
+    return run_all(Text, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_script(main)
