@@ -33,8 +33,8 @@ def position_to_digits(positions, n_digits, base=10, check=True):
     """Write positions in `base`, most significant digit first, padded with zeros: (2, 13) -> 0 2 1 3.
 
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., n_dim * n_digits) digits.
-    TypeError for positions that are not integers, ValueError for one that cannot be written. check=False is for
-    positions that cannot be wrong: looking at them would make the host wait for a GPU.
+    TypeError for positions that are not integers, ValueError for one that cannot be written. check=False is
+    for positions that cannot be wrong: looking at them would make the host wait for a GPU.
     """
     limit = _number_of_positions(n_digits, base)
     kind = positions.dtype if torch.is_tensor(positions) else type(positions).__name__
@@ -49,7 +49,8 @@ def position_to_digits(positions, n_digits, base=10, check=True):
         if highest >= limit:
             raise ValueError(f"position {highest} is past the limit: {n_digits} digits in base {base} write "
                              f"0 to {limit - 1}; it needs n_digits={digits_needed(highest, base)}")
-    return (positions.long().unsqueeze(-1) // _place_values(n_digits, base, positions.device) % base).flatten(-2)
+    place_values = _place_values(n_digits, base, positions.device)
+    return (positions.long().unsqueeze(-1) // place_values % base).flatten(-2)
 
 
 def digits_to_position(digits, n_digits, base=10, check=True):
@@ -60,7 +61,8 @@ def digits_to_position(digits, n_digits, base=10, check=True):
     if check and digits.numel() and not 0 <= digits.min() <= digits.max() < base:
         raise ValueError(f"digits in base {base} lie in 0 to {base - 1}, "
                          f"got {int(digits.min())} to {int(digits.max())}")
-    return (digits.long().unflatten(-1, (-1, n_digits)) * _place_values(n_digits, base, digits.device)).sum(-1)
+    place_values = _place_values(n_digits, base, digits.device)
+    return (digits.long().unflatten(-1, (-1, n_digits)) * place_values).sum(-1)
 
 
 def digits_needed(position, base=10):
@@ -108,11 +110,6 @@ class Signal(NamedTuple):
     def slice(self, start, stop):
         """The signal of positions start to stop - 1 alone."""
         return Signal(*(t if t is None else t[..., start:stop, :] for t in self))
-
-    def repeat(self, n):
-        """The signal of a batch in which each n sequences in a row share their positions."""
-        return Signal(*(t if t is None else t.repeat_interleave(n, dim=-3 if t is self.input else -4)
-                        for t in self))
 
 
 def _rotate(x, cos, sin):
@@ -209,9 +206,8 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
-    n_head: heads of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position, each
-    from 0 to max_position - 1, where max_position = base ** n_digits. width: the encoder's own, about n_embd / 2
-    unless given.
+    n_head: heads of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position,
+    each from 0 to max_position - 1, where max_position = base ** n_digits. width: of the encoder; n_embd / 2.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, n_digits=4, base=10, width=None, dropout=0.0):
@@ -230,21 +226,22 @@ class SeqPE(nn.Module):
         self.ln = nn.LayerNorm(width)
         self.proj = nn.Linear(width, n_embd)
         self.apply(_init_weights)
-        nn.init.normal_(self.symbol.weight)     # digits and places start far apart: fine distances are learned
-        nn.init.normal_(self.place.weight)      # much sooner than from GPT-2's 0.02
+        for embedding in (self.symbol, self.place):
+            nn.init.normal_(embedding.weight)   # far apart: fine distances are learned sooner than from 0.02
 
     def forward(self, positions, check=True):
         """positions: (..., n_dim) integers, or plain (...,) ones when n_dim is 1 -> e_p: (..., n_embd).
 
-        Errors as position_to_digits. Positions on the CPU are checked without waiting for a GPU, which is where
-        e_p is if the encoder is.
+        Errors as position_to_digits. Positions on the CPU are checked without waiting for the encoder's GPU.
         """
-        if self.n_dim == 1 and torch.is_tensor(positions) and (positions.dim() < 2 or positions.size(-1) != 1):
+        plain = self.n_dim == 1 and torch.is_tensor(positions)
+        if plain and (positions.dim() < 2 or positions.size(-1) != 1):
             positions = positions.unsqueeze(-1)
-        digits = position_to_digits(positions, self.n_digits, self.base, check).to(self.cls.device)     # (..., K)
+        digits = position_to_digits(positions, self.n_digits, self.base, check)         # (..., K)
         if positions.size(-1) != self.n_dim:
             raise ValueError(f"the last dimension of positions must be n_dim={self.n_dim}, "
                              f"got shape {tuple(positions.shape)}")
+        digits = digits.to(self.cls.device)
         x = self.symbol(digits.reshape(-1, self.n_dim, self.n_digits)) + self.place.weight
         if self.dimension is not None:
             x = x + self.dimension.weight.unsqueeze(1)      # (N, n_dim, n_digits, width), N positions
@@ -262,8 +259,8 @@ class SeqPE(nn.Module):
 def sample_hard_negatives(pivots, n_samples, n_digits, base=10, generator=None):
     """Positions written much like the pivot: (P, n_dim) -> (P, n_samples, n_dim).
 
-    1 to 3 random edits of its digits. An edit inserts a digit (the leading one drops out), deletes one (a zero
-    moves in at the front), swaps two neighbours or replaces one, so every result can be written.
+    1 to 3 random edits of its digits. An edit inserts a digit (the leading one drops out), deletes one (a
+    zero moves in at the front), swaps two neighbours or replaces one, so every result can be written.
     """
     insert, delete, swap, replace = range(4)
     digits = position_to_digits(pivots, n_digits, base, check=False).unsqueeze(1).repeat(1, n_samples, 1)
@@ -276,7 +273,7 @@ def sample_hard_negatives(pivots, n_samples, n_digits, base=10, generator=None):
     n_edits = draw(3)
     for edit in range(3):
         kind, at, new = draw(4), draw(K), draw(base)
-        source = torch.where((kind == insert) & (places < at), places + 1, places)  # where each digit comes from
+        source = torch.where((kind == insert) & (places < at), places + 1, places)  # where a digit comes from
         source = torch.where((kind == delete) & (places <= at), places - 1, source)
         source = torch.where((kind == swap) & (places == at), at + 1, source)
         source = torch.where((kind == swap) & (places == at + 1), at, source)
@@ -291,10 +288,10 @@ def sample_groups(n_groups, n_candidates, n_dim, n_digits, base=10, mix=(0.2, 0.
                   device=None):
     """Groups of positions to compare, a pivot and its M candidates: (P, 1 + M, n_dim), the pivot first.
 
-    The candidates are drawn in one of three ways, with the probabilities of `mix` (the paper's: 0.5, 0.3, 0.2):
-    uniformly from all positions; so, with a fifth replaced by hard negatives; uniformly from a window around the
-    pivot, so that close numbers must be told apart. The window's size is random on a logarithmic scale, small ones
-    the likeliest, which orders the space at every scale. A candidate that hits the pivot moves one on.
+    They are drawn in one of three ways, with the probabilities of `mix` (the paper's are 0.5, 0.3, 0.2):
+    uniformly from all positions; so, with a fifth replaced by hard negatives; uniformly from a window around
+    the pivot, so that close numbers must be told apart. The window's size is random on a logarithmic scale,
+    small ones the likeliest, which orders the space at every scale. One that hits the pivot moves one on.
     """
     max_position = _number_of_positions(n_digits, base)
     _at_least_one(n_groups=n_groups, n_candidates=n_candidates)
@@ -323,27 +320,28 @@ def sample_groups(n_groups, n_candidates, n_dim, n_digits, base=10, mix=(0.2, 0.
 def contrastive_loss(e, positions, n_head=1):
     """L_delta, equation 3: cross-entropy over the dot products e_p . e_c, the nearest candidate being right.
 
-    e: (P, N, C) embeddings of P groups of positions (P, N, n_dim) -> scalar. Each position of a group takes its
-    turn as the pivot p, with the others as candidates c: N times the comparisons of one pivot, for the same
-    embeddings. Copies of the pivot and of the nearest candidate do not count. Heads are compared one by one.
+    e: (P, N, C) embeddings of P groups of positions (P, N, n_dim) -> scalar. Each position of a group takes
+    its turn as the pivot p, the others are its candidates c: N times the comparisons for the same embeddings.
+    Copies of the pivot and of the nearest candidate do not count. Each head is compared by itself.
     """
     same = (positions.unsqueeze(-2) == positions.unsqueeze(-3)).all(-1)             # (P, N, N)
     distance = (positions.unsqueeze(-2) - positions.unsqueeze(-3)).pow(2).sum(-1)   # squared
-    nearest = distance.masked_fill(same, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)     # (P, N, 1)
+    distance = distance.masked_fill(same, torch.iinfo(torch.int64).max)
+    nearest = distance.argmin(-1, keepdim=True)                                     # (P, N, 1)
     copies = same.gather(1, nearest.expand_as(same)).scatter(-1, nearest, False)
     e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                               # (P, H, N, D)
     logits = (e @ e.transpose(-2, -1)).masked_fill((same | copies).unsqueeze(1), -math.inf)
-    return F.cross_entropy(logits.flatten(0, 2), nearest.unsqueeze(1).expand(-1, n_head, -1, -1).flatten())
+    return F.cross_entropy(logits.flatten(0, 2), nearest.flatten(1).repeat(1, n_head).flatten())
 
 
 def sample_windows(shape, n_samples, n_students, max_position, generator=None, device=None):
-    """Positions of the training window and of the same window moved to random places: (m, n_dim), (S, m, n_dim).
+    """m positions of the training window, and the same in S windows at random places.
 
-    shape: the training window, (T,) or (h, w). m is n_samples, or the whole window if that is smaller.
+    shape: the training window, (T,) or (h, w); m is n_samples at most. Returns (m, n_dim) and (S, m, n_dim).
     """
     _at_least_one(n_samples=n_samples, n_students=n_students)
     if max(shape) > max_position:
-        raise ValueError(f"a window of shape {tuple(shape)} does not fit into positions 0 to {max_position - 1}")
+        raise ValueError(f"a window of shape {tuple(shape)} does not fit into 0 to {max_position - 1}")
     chosen = torch.randperm(math.prod(shape), generator=generator, device=device)[:n_samples]
     teacher = window(shape).to(chosen.device)[chosen]
     start = [torch.randint(max_position - size + 1, (n_students, 1), generator=generator, device=device)
@@ -354,9 +352,9 @@ def sample_windows(shape, n_samples, n_students, max_position, generator=None, d
 def distillation_loss(e_teacher, e_students, n_head):
     """L_OOD, equation 4: a window far away gets the inner geometry of the training window.
 
-    e_teacher: (m, C), which receives no gradient; e_students: (S, m, C) -> scalar. In each set and head the dot
-    products of a position with all the others become a distribution, a softmax over the row. The loss is the
-    symmetric KL divergence of the students' rows from the teacher's, summed over a row, averaged over rows.
+    e_teacher: (m, C), which receives no gradient; e_students: (S, m, C) -> scalar. In each set and head the
+    dot products of a position with all others become a distribution, a softmax over the row. The loss is the
+    symmetric KL divergence of students' rows from the teacher's, summed over a row, averaged over rows.
     """
     def rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, D)
@@ -374,7 +372,7 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     encoder: a SeqPE; shape: the training window, (T,) or (h, w). generator: on the encoder's device.
     """
     if len(shape) != encoder.n_dim:
-        raise ValueError(f"a window of shape {tuple(shape)} does not have the encoder's n_dim={encoder.n_dim}")
+        raise ValueError(f"a window of shape {tuple(shape)} is not of the encoder's n_dim={encoder.n_dim}")
     loss = torch.zeros((), device=encoder.cls.device)
     draw = dict(generator=generator, device=loss.device)
     if contrastive_weight:
@@ -421,7 +419,7 @@ class ViTConfig(TransformerConfig):
 
 
 def resize_grid(values, old, new, mode_2d="bilinear"):
-    """Interpolate values that lie on a grid, linearly unless said otherwise: (prod(old), C) -> (prod(new), C)."""
+    """Interpolate the values of a grid, linearly unless told otherwise: (prod(old), C) -> (prod(new), C)."""
     mode = {1: "linear", 2: mode_2d, 3: "trilinear"}[len(old)]
     grid = values.T.unflatten(-1, old).unsqueeze(0)                                 # (1, C, *old)
     return F.interpolate(grid, size=new, mode=mode, align_corners=False).flatten(2)[0].T
@@ -430,8 +428,8 @@ def resize_grid(values, old, new, mode_2d="bilinear"):
 class PositionEncoding(nn.Module):
     """positions (..., T, n_dim) -> a list of n_layer Signals. This one is nope: it says nothing.
 
-    window: the shape of the training window. class_token: the model has one, which gets a row of its own in front.
-    resize: (old, new), two shapes: what is made of positions, those of the old grid, is stretched to the new one.
+    window: the training window's shape. class_token: the model has one, which gets a row of its own in front.
+    resize: (old, new), two shapes: what is made of positions, those of the old, is stretched to the new one.
     """
     max_position = None         # the hard limit, of encodings that have one
 
@@ -447,8 +445,8 @@ class PositionEncoding(nn.Module):
 class RoPE(PositionEncoding):
     """Rotary encoding: the angle of a pair of channels is a weighted sum of the coordinates.
 
-    rope (Su et al. 2021; axial in n-D): a pair looks at one coordinate, at a fixed frequency. rope_mixed (Heo et
-    al. 2024): a pair looks at both coordinates of an image, with frequencies learned for each layer and head.
+    rope (Su et al. 2021; axial in n-D): a pair looks at one coordinate, at a fixed frequency. rope_mixed (Heo
+    et al. 2024): it looks at both coordinates of an image, at frequencies learned for each layer and head.
     """
 
     def __init__(self, config, window, class_token=False):
@@ -465,7 +463,7 @@ class RoPE(PositionEncoding):
         if self.n_dim != 2:
             raise ValueError("rope_mixed is an encoding of images: it needs positions of 2 dimensions")
         angle = torch.rand(config.n_layer, config.n_head, 1) * 2 * math.pi
-        angle = torch.cat([angle.expand(-1, -1, n), angle.expand(-1, -1, n) + math.pi / 2], dim=-1)    # two axes
+        angle = torch.cat([angle.expand(-1, -1, n), angle.expand(-1, -1, n) + math.pi / 2], dim=-1)
         self.frequency = nn.Parameter(magnitude.repeat(2) * torch.stack([angle.cos(), angle.sin()], dim=2))
 
     def forward(self, positions, resize=None):
@@ -482,8 +480,8 @@ class RoPE(PositionEncoding):
 class ALiBi(PositionEncoding):
     """Press et al. 2022: the logit falls with distance, - slope_h * (i - j).
 
-    Under a softmax -slope * i, the same for a whole row, cancels. That leaves slope * j, which is a dot product
-    too. j is split in two, 256 * a + b, so that bfloat16 holds each part exactly.
+    Under a softmax -slope * i, the same for a whole row, cancels. That leaves slope * j, which is a dot
+    product too. j is split in two, 256 * a + b, so that bfloat16 holds each part exactly.
     """
 
     def __init__(self, config, window, class_token=False):
@@ -491,7 +489,8 @@ class ALiBi(PositionEncoding):
         if self.n_dim != 1 or class_token:
             raise ValueError("alibi is an encoding of text: it has no form for images")
         slope = 2.0 ** (-8 * torch.arange(1, config.n_head + 1) / config.n_head)
-        self.register_buffer("slope", slope.view(-1, 1, 1) * self.head_dim ** 0.5)  # for attention's 1 / sqrt(D)
+        slope = slope * self.head_dim ** 0.5        # attention divides by it
+        self.register_buffer("slope", slope.view(-1, 1, 1))
 
     def forward(self, positions, resize=None):
         positions = positions.to(self.slope.device).float()
@@ -514,8 +513,8 @@ class LearnedTable(nn.Module):
     def forward(self, positions):
         if positions.numel() and (positions.min() < 0 or (positions >= torch.tensor(self.shape)).any()):
             lowest, highest = (tuple(end.tolist()) for end in positions.flatten(0, -2).aminmax(dim=0))
-            raise ValueError(f"the learned table holds positions from 0 to below {self.shape}, got {lowest} to "
-                             f"{highest}; interpolate=True stretches it")
+            raise ValueError(f"the learned table holds positions from 0 to below {self.shape}, "
+                             f"got {lowest} to {highest}; interpolate=True stretches it")
         return self.weight[positions.unbind(-1)]
 
 
@@ -558,7 +557,7 @@ class EmbeddingPE(PositionEncoding):
             self.embedding = LearnedTable(window, C) if config.pe == "learned" else Sinusoid(self.n_dim, C)
         self.max_position = self.embedding.max_position
         if config.pe == "seqpe" and max(window) > self.max_position:
-            raise ValueError(f"a window of shape {window} does not fit into positions 0 to {self.max_position - 1}")
+            raise ValueError(f"a window of shape {window} does not fit into 0 to {self.max_position - 1}")
         self.cls = nn.Parameter(torch.randn(C) * 0.02) if class_token else None
         n_maps = {"input": 0, "scalar": 1, "mul": n_layer, "add": n_layer}[self.fusion]
         self.maps = nn.ModuleList(nn.Linear(C, 2 * C, bias=False) for _ in range(n_maps))
@@ -567,7 +566,11 @@ class EmbeddingPE(PositionEncoding):
             map.weight.data.copy_(torch.eye(C).repeat(2, 1) * self.head_dim ** 0.25)
 
     def forward(self, positions, resize=None):
-        e = self.embedding(positions)                                               # (..., T, C)
+        if positions.dim() == 3:    # sequences that share a window share its embeddings
+            windows, which = positions.unique(dim=0, return_inverse=True)
+            e = self.embedding(windows)[which]                                      # (B, T, C)
+        else:
+            e = self.embedding(positions)                                           # (T, C)
         if resize:
             e = resize_grid(e, *resize, mode_2d="bicubic")
         if self.cls is not None:
@@ -580,8 +583,8 @@ class EmbeddingPE(PositionEncoding):
 
 
 FUSIONS = {"scalar": "extend", "mul": "mul", "add": "add", "input": "input"}    # the channel each one uses
-ENCODINGS = {"seqpe": EmbeddingPE, "rope": RoPE, "rope_mixed": RoPE, "alibi": ALiBi, "sinusoidal": EmbeddingPE,
-             "learned": EmbeddingPE, "nope": PositionEncoding}
+ENCODINGS = {"seqpe": EmbeddingPE, "rope": RoPE, "rope_mixed": RoPE, "alibi": ALiBi, "learned": EmbeddingPE,
+             "sinusoidal": EmbeddingPE, "nope": PositionEncoding}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -619,20 +622,11 @@ class Transformer(nn.Module):
             x = block(x, signals[i], caches[i] if caches else None)
         return self.ln(x)
 
-    def position_signals(self, batch_size, shape, positions=None, interpolate=False):
-        """The signals of the window of this shape, or of the positions given: (T, n_dim) or (G, T, n_dim).
-
-        With G windows the batch falls into G groups of sequences in a row, a window each.
-        """
-        if positions is None:
-            if interpolate and shape != self.window:
-                return self.pe(window(self.window), resize=(self.window, shape))
-            return self.pe(window(shape))
-        if positions.dim() == 2:
-            return self.pe(positions)
-        if batch_size % len(positions):
-            raise ValueError(f"{len(positions)} windows of positions do not divide a batch of {batch_size}")
-        return [signal.repeat(batch_size // len(positions)) for signal in self.pe(positions)]
+    def position_signals(self, shape, positions=None, interpolate=False):
+        """The signals of the window of this shape, or of given positions: (T, n_dim) or (B, T, n_dim)."""
+        if positions is None and interpolate and shape != self.window:
+            return self.pe(window(self.window), resize=(self.window, shape))
+        return self.pe(window(shape) if positions is None else positions)
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW, in which only matrices decay. A group's "of_encoder" says whether it is SeqPE's."""
@@ -640,8 +634,8 @@ class Transformer(nn.Module):
         groups = {}
         for p in self.parameters():
             groups.setdefault((p in encoder, p.dim() >= 2), []).append(p)
-        groups = [dict(params=parameters, of_encoder=of_encoder, weight_decay=weight_decay if is_matrix else 0.0)
-                  for (of_encoder, is_matrix), parameters in groups.items()]
+        groups = [dict(params=group, of_encoder=of_encoder, weight_decay=weight_decay if is_matrix else 0.0)
+                  for (of_encoder, is_matrix), group in groups.items()]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
@@ -656,12 +650,12 @@ class GPT(Transformer):
     def forward(self, idx, targets=None, positions=None, interpolate=False):
         """idx: (B, T) tokens -> logits (B, T, vocab_size) and, with targets (B, T), the mean loss in nats.
 
-        positions: (T,), or (G, T) with a row for every B / G sequences; default 0 to T - 1. interpolate: stretch
-        the positions of the training window over T instead of going beyond it. Targets of -1 do not count.
+        positions: (T,) or (B, T), default 0 to T - 1. interpolate: stretch those of the training window over T
+        instead of going beyond it. Targets of -1 do not count.
         """
         if positions is not None:
             positions = positions.unsqueeze(-1)
-        signals = self.position_signals(idx.size(0), idx.shape[1:], positions, interpolate)
+        signals = self.position_signals(idx.shape[1:], positions, interpolate)
         logits = F.linear(self.transform(self.tokens(idx), signals), self.tokens.weight)
         if targets is None:
             return logits, None
@@ -709,16 +703,16 @@ class ViT(Transformer):
         _init_weights(self.head)
 
     def forward(self, images, targets=None, positions=None, interpolate=False):
-        """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the mean loss.
+        """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
 
-        positions: of the patches, (T, 2) or (G, T, 2), default the grid from (0, 0). interpolate: stretch the
-        positions of the training grid over a larger one instead of going beyond it.
+        positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those of
+        the training grid over a larger one instead of going beyond it.
         """
         patch = self.config.patch_size
         if images.size(-2) % patch or images.size(-1) % patch:
-            raise ValueError(f"an image of {tuple(images.shape[-2:])} pixels is not divisible by patch_size={patch}")
+            raise ValueError(f"an image of {tuple(images.shape[-2:])} is not divisible by patch_size={patch}")
         x = self.patches(images)                                                    # (B, C, h, w)
-        signals = self.position_signals(x.size(0), x.shape[-2:], positions, interpolate)
+        signals = self.position_signals(x.shape[-2:], positions, interpolate)
         x = torch.cat([self.cls.expand(x.size(0), 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         logits = self.head(self.transform(x, signals)[:, 0])
         return logits, None if targets is None else F.cross_entropy(logits, targets)

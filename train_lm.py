@@ -1,9 +1,9 @@
 """Train a small GPT on characters, then read on far beyond the length it was trained on.
 
-    python train_lm.py --pe seqpe               real text: the source of Python's own standard library, no download
-    python train_lm.py --pe all                 every encoding in turn, on the same batches, in one table
-    python train_lm.py --data shakespeare       or --data FILE: other text
-    python train_lm.py --resume                 go on after Ctrl-C, a crash or a closed laptop
+    python train_lm.py --pe seqpe           real text, Python's own standard library: no download
+    python train_lm.py --pe all             every encoding in turn, on the same batches, in one table
+    python train_lm.py --data shakespeare   or --data FILE: other text
+    python train_lm.py --resume             go on after Ctrl-C, a crash or a closed laptop
     python train_lm.py --load out/FILE.pt --sample "def " --eval
 """
 
@@ -28,7 +28,9 @@ from tqdm import tqdm
 from seqpe import FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, window
 
 N_EVALUATED = 64        # windows of validation text in a score
-NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile")     # do not make another run
+CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "vocabulary")
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile")    # make no other run
 
 # ------------------------------------------------------------------------------------------------------------
 # Arguments and data
@@ -45,12 +47,12 @@ class Parser(argparse.ArgumentParser):
                 ("pe", self.names, "seqpe", f"a comma list of {', '.join(encodings)}; or all"),
                 ("fusion", str, "scalar", f"how SeqPE enters the model: {', '.join(FUSIONS)}"),
                 ("digits", at_least(1), 4, "digits of a position"),
-                ("base", at_least(2), 10, "base of the digits"),
+                ("base", at_least(2), 8, "base of the digits"),
                 ("pe-width", at_least(1), 64, "width of SeqPE's encoder"),
                 ("contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
                 ("distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
-                ("shift-prob", at_least(0, float), 0.5, "share of steps whose windows start at random places"),
-                ("pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's; 0 for none"),
+                ("shift-prob", at_least(0, float), 0.5, "share of steps with windows at random places"),
+                ("pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's"),
                 ("n-layer", at_least(1), 4, "layers of the model"),
                 ("n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
                 ("n-embd", at_least(1), 128, "width of the model"),
@@ -61,15 +63,16 @@ class Parser(argparse.ArgumentParser):
                 ("device", pick_device, "auto", "cuda, mps or cpu; auto takes the first there is"),
                 ("out", Path, "out", "folder of checkpoints and results")):
             self.add_argument(f"--{name}", type=kind, default=default, help=text)
-        self.add_argument("--compile", action="store_true", help="torch.compile the model")
-        self.add_argument("--resume", action="store_true", help="go on with the interrupted run of these arguments")
-        self.add_argument("--load", type=Path, metavar="CHECKPOINT", help="look at a checkpoint, do not train")
-        self.add_argument("--eval", action="store_true", help="with --load: print its table")
+        self.add_argument("--load", type=Path, metavar="CHECKPOINT", help="a checkpoint to look at instead")
+        for name, text in (("eval", "with --load: print its table"), ("compile", "torch.compile the model"),
+                           ("resume", "go on with the interrupted run of the same arguments")):
+            self.add_argument(f"--{name}", action="store_true", help=text)
 
     def names(self, text):
         names = self.encodings if text == "all" else text.split(",")
         if unknown := set(names) - set(self.encodings):
-            raise argparse.ArgumentTypeError(f"unknown {unknown.pop()!r}; known: {', '.join(self.encodings)}, all")
+            known = ", ".join([*self.encodings, "all"])
+            raise argparse.ArgumentTypeError(f"unknown {min(unknown)!r}; known: {known}")
         return names
 
     def error(self, message):
@@ -105,7 +108,7 @@ def download(url, path, sha256):
             raise ValueError(f"could not download {url} ({error}); offline? Put the file at {path}") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         bad = path.replace(path.with_name(path.name + ".bad"))
-        raise ValueError(f"{path} does not have SHA-256 {sha256[:12]}...: moved to {bad}, not used; try again")
+        raise ValueError(f"{path} does not have SHA-256 {sha256[:12]}...: moved to {bad}, not used")
     return path
 
 
@@ -118,20 +121,19 @@ def read_text(data):
             text[zlib.crc32(file.name.encode()) % 10 == 0] += file.read_text(encoding="utf-8")
         return text[False], text[True]
     if data == "shakespeare":
-        data = download("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                        Path(__file__).resolve().parent / "data" / "tinyshakespeare.txt",
+        data = download(SHAKESPEARE, Path(__file__).resolve().parent / "data" / "tinyshakespeare.txt",
                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
     try:
         text = Path(data).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"--data {data}: not a UTF-8 text file") from None
     except OSError as error:
-        raise ValueError(f"--data {data}: {error.strerror}; give python, shakespeare or a text file") from None
+        raise ValueError(f"--data {data}: {error.strerror}; give python, shakespeare or a file") from None
     return text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
 
 
 class Text:
-    """Next-character prediction, scored by the loss on the same last characters with more and more context."""
+    """Next-character prediction, scored on the same last characters with more and more context."""
     score, unit = "loss", "nats per character (perplexity)"
 
     def __init__(self, args, vocabulary=None, read=True):
@@ -142,8 +144,8 @@ class Text:
         if not read:
             return
         if len(self.vocabulary) < 2 or min(len(train), len(val)) <= args.block_size:
-            raise ValueError(f"--data {args.data}: {len(train + val)} characters, {len(self.vocabulary)} different "
-                             f"ones, are too few for --block-size {args.block_size}")
+            raise ValueError(f"--data {args.data}: {len(train + val)} characters, {len(self.vocabulary)} "
+                             f"different ones, are too few for --block-size {args.block_size}")
         self.train, self.val = self.encode(train), self.encode(val)
         if self.lengths[-1] >= len(val):
             self.lengths = [T for T in self.lengths if T < len(val)]
@@ -160,9 +162,9 @@ class Text:
         if pe == "seqpe" and longest > args.base ** args.digits:
             raise ValueError(f"--digits {args.digits} write {args.base ** args.digits} positions, the longest "
                              f"context has {longest}: it needs --digits {digits_needed(longest - 1, args.base)}")
-        return GPT(GPTConfig(block_size=args.block_size, vocab_size=len(self.vocabulary), n_layer=args.n_layer,
-                             n_head=args.n_head, n_embd=args.n_embd, pe=pe, fusion=args.fusion,
-                             n_digits=args.digits, base=args.base, pe_width=args.pe_width))
+        return GPT(GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, pe=pe,
+                             fusion=args.fusion, n_digits=args.digits, base=args.base, pe_width=args.pe_width,
+                             block_size=args.block_size, vocab_size=len(self.vocabulary)))
 
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
@@ -192,19 +194,19 @@ class Text:
             # The table has nothing to say beyond its last position: it is stretched.
             logits = [model(b[:, :-1], interpolate=model.config.pe == "learned")[0][:, -L:] for b in batches]
             targets = [b[:, -L:] for b in batches]
-            losses[T] = F.cross_entropy(torch.cat(logits).float().flatten(0, 1), torch.cat(targets).flatten()).item()
+            losses[T] = F.cross_entropy(torch.cat(logits).flatten(0, 1), torch.cat(targets).flatten()).item()
         return losses
 
     def format(self, loss):
         return f"{loss:.3f} ({math.exp(loss):.2f})"
 
     def show(self, model):
-        """A sample longer than the training context (the table's cannot be), and what SeqPE's space looks like."""
-        prompt = self.args.sample or "def "
-        n_tokens = min(2 * self.args.block_size, model.pe.max_position or math.inf) - len(prompt)
+        """A sample longer than the training context, where the encoding can, and SeqPE's picture."""
+        prompt = self.args.sample or ("\n" if "\n" in self.vocabulary else self.vocabulary[0])
+        longest = min(2 * self.args.block_size, model.pe.max_position or math.inf)
         idx = self.encode(prompt).unsqueeze(0).to(self.args.device)
         generator = torch.Generator(self.args.device).manual_seed(self.args.seed)
-        idx = model.generate(idx, n_tokens, temperature=0.8, top_k=20, generator=generator)
+        idx = model.generate(idx, max(0, longest - len(prompt)), 0.8, top_k=20, generator=generator)
         print("\n" + "".join(self.vocabulary[i] for i in idx[0].tolist()))
         if model.encoder:
             print("\n" + heat_map(model.encoder))
@@ -246,6 +248,8 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -253,7 +257,7 @@ def write_file(path, data):
 def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("settings", "step", "model", "optimizer", "random", "vocabulary")}
+        return {key: checkpoint[key] for key in CHECKPOINT}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception:       # whatever a damaged or foreign file makes the unpickler say
@@ -261,7 +265,7 @@ def load_checkpoint(path):
 
 
 def learning_rate(step, warmup, args, of_encoder):
-    """The encoder's warm-up: falls to 0. Then for all: up over the first 5 %, down along a cosine to a tenth."""
+    """The encoder's warm-up: it falls to 0. Then for all: up in 5 % of the steps, a cosine down to a tenth."""
     if step < warmup:
         return args.lr * (1 - step / warmup) if of_encoder else 0.0
     done = (step - warmup) / args.steps
@@ -276,9 +280,9 @@ def training_loss(task, model, forward, data, step, warmup, args):
         return position_regularizers(encoder, shape, float(weights[0] > 0), weights[1], n_groups=16)
     positions = None
     if encoder and torch.rand(()) < args.shift_prob:
-        # Eight windows, each at a random place, share out the sequences of the batch.
-        starts = [torch.randint(encoder.max_position - size + 1, (math.gcd(8, args.batch_size),)) for size in shape]
-        positions = window(shape, torch.stack(starts, dim=-1))
+        # Eight windows, each at a random place, for the sequences to share.
+        start = [torch.randint(encoder.max_position - size + 1, (8,)) for size in shape]
+        positions = window(shape, torch.stack(start, dim=-1)[torch.arange(args.batch_size) % 8])
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(forward, task.batch(data), positions)
     return loss + position_regularizers(encoder, shape, *weights) if encoder else loss
@@ -291,8 +295,9 @@ def train(task, run, args, stop):
     model = task.model(run.pe).to(args.device)
     optimizer = model.configure_optimizers(args.lr)
     # The encoder's gradient is clipped apart from the model's, as either may be much the larger.
-    parts = [[p for group in optimizer.param_groups if group["of_encoder"] == of_encoder for p in group["params"]]
-             for of_encoder in ([True, False] if model.encoder else [False])]
+    groups = optimizer.param_groups
+    parts = [[p for group in groups if group["of_encoder"] == of_encoder for p in group["params"]]
+             for of_encoder in {group["of_encoder"] for group in groups}]
     warmup = args.pe_warmup if model.encoder and (args.contrastive_weight or args.distill_weight) else 0
     total, first, kept = warmup + args.steps, 0, 0
     if args.resume and (checkpoint := run.resume()):
@@ -320,7 +325,7 @@ def train(task, run, args, stop):
     forward, shown = torch.compile(model) if args.compile else model, {}
     bar = tqdm(range(first, total), initial=first, total=total, desc=run.pe, mininterval=1)
     for step in bar:
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = learning_rate(step, warmup, args, group["of_encoder"])
         loss = training_loss(task, model, forward, data, step, warmup, args)
         loss.backward()
@@ -331,8 +336,8 @@ def train(task, run, args, stop):
         if not (step % 20 == 19 or step + 1 == total or stopping):
             continue                    # .item() would wait for a GPU
         if not all(math.isfinite(x.item()) for x in (loss, *norms)):
-            raise ValueError(f"{run.pe}: the loss is not finite at step {step + 1}, try a smaller --lr; the last "
-                             f"good checkpoint, if there was one, is {run.progress}")
+            raise ValueError(f"{run.pe}: the loss is not finite at step {step + 1}, try a smaller --lr; the "
+                             f"last good checkpoint, if there was one, is {run.progress}")
         shown["loss"] = f"{loss.item():.3f}"
         if step >= warmup and step % 100 == 99:
             shown["val"] = f"{task.validate(model):.3f}"
@@ -356,29 +361,32 @@ def table(task, rows):
     """rows {name: {length: score}} as text, a small chart at the end of each."""
     scores = [score for row in rows.values() for score in row.values()]
     low, high = min(scores), max(scores)
-    lines = [f"{task.unit} with a context of", " " * 12 + "".join(f"{length:>15}" for length in next(iter(rows.values())))]
+    lengths = "".join(f"{length:>15}" for length in next(iter(rows.values())))
+    lines = [f"{task.unit} with a context of", " " * 12 + lengths]
     for name, row in rows.items():
-        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (score - low) / (high - low or 1))] * 2 for score in row.values())
-        lines.append(f"{name:<12}" + "".join(f"{task.format(score):>15}" for score in row.values()) + "   " + bars)
+        cells = "".join(f"{task.format(score):>15}" for score in row.values())
+        bars = (round(7 * (score - low) / (high - low or 1)) for score in row.values())
+        lines.append(f"{name:<12}{cells}   " + "".join("▁▂▃▄▅▆▇█"[bar] * 2 for bar in bars))
     return "\n".join(lines)
 
 
 @torch.no_grad()
 def heat_map(encoder, size=32):
-    """e_i . e_j as a picture: in the training window, and at the far end of what the digits can write."""
+    """e_i . e_j as a picture, in the training window and across the middle of what the digits can write."""
     pictures = []
-    for start in (0, encoder.max_position - size):
+    for start in (0, (encoder.max_position - size) // 2):
         e = encoder(torch.arange(start, start + size).unsqueeze(-1).expand(-1, encoder.n_dim)).cpu()
         dots = e @ e.T
-        pictures.append((dots - dots.min()) / (dots.max() - dots.min()))
-    lines = [f"e_i . e_j, i and j in 0..{size - 1} and in {encoder.max_position - size}..{encoder.max_position - 1}"]
-    for upper, lower in zip(torch.cat(pictures, 1)[0::2].tolist(), torch.cat(pictures, 1)[1::2].tolist()):
-        if sys.stdout.isatty():     # two pixels a character: an upper half block, and what is behind it
-            lines.append("".join(f"\x1b[38;5;{232 + round(23 * u)};48;5;{232 + round(23 * v)}m▀"
-                                 for u, v in zip(upper, lower)) + "\x1b[0m")
-        else:
-            lines.append("".join(" ░▒▓█"[round(2 * (u + v))] for u, v in zip(upper, lower)))
-    return "\n".join(lines)
+        grey = ((dots - dots.min()) / (dots.max() - dots.min())).tolist()
+        lines = [f"{f'e_i . e_j, {start} to {start + size - 1}':<{size}}"]
+        for upper, lower in zip(grey[0::2], grey[1::2]):
+            if sys.stdout.isatty():     # two pixels a character: an upper half block, and what is behind it
+                lines.append("".join(f"\x1b[38;5;{232 + round(23 * u)};48;5;{232 + round(23 * v)}m▀"
+                                     for u, v in zip(upper, lower)) + "\x1b[0m")
+            else:
+                lines.append("".join(" ░▒▓█"[round(2 * (u + v))] for u, v in zip(upper, lower)))
+        pictures.append(lines)
+    return "\n".join(map("  ".join, zip(*pictures)))
 
 
 def run_all(make_task, args):
