@@ -226,7 +226,7 @@ class SeqPE(nn.Module):
         self.ln = nn.LayerNorm(width)
         self.proj = nn.Linear(width, n_embd)
         self.apply(_init_weights)
-        for embedding in (self.symbol, self.place):
+        for embedding in filter(None, (self.symbol, self.place, self.dimension)):
             nn.init.normal_(embedding.weight)   # far apart: fine distances are learned sooner than from 0.02
 
     def forward(self, positions, check=True):
@@ -295,8 +295,8 @@ def sample_groups(n_groups, n_candidates, n_dim, n_digits, base=10, mix=(0.2, 0.
     """
     max_position = _number_of_positions(n_digits, base)
     _at_least_one(n_groups=n_groups, n_candidates=n_candidates)
-    if n_dim * max_position ** 2 > 2 ** 63:
-        raise ValueError(f"squared distances of positions up to {max_position} overflow 64-bit integers")
+    if max_position > 2 ** 24:
+        raise ValueError(f"{max_position} positions are more than single precision can sample from, {2 ** 24}")
     draw = dict(generator=generator, device=device)
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), **draw)
     candidates = torch.randint(max_position, (n_groups, n_candidates, n_dim), **draw)

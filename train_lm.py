@@ -295,9 +295,9 @@ def train(task, run, args, stop):
     model = task.model(run.pe).to(args.device)
     optimizer = model.configure_optimizers(args.lr)
     # The encoder's gradient is clipped apart from the model's, as either may be much the larger.
-    groups = optimizer.param_groups
-    parts = [[p for group in groups if group["of_encoder"] == of_encoder for p in group["params"]]
-             for of_encoder in {group["of_encoder"] for group in groups}]
+    parts = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group["of_encoder"], []).extend(group["params"])
     warmup = args.pe_warmup if model.encoder and (args.contrastive_weight or args.distill_weight) else 0
     total, first, kept = warmup + args.steps, 0, 0
     if args.resume and (checkpoint := run.resume()):
@@ -325,11 +325,11 @@ def train(task, run, args, stop):
     forward, shown = torch.compile(model) if args.compile else model, {}
     bar = tqdm(range(first, total), initial=first, total=total, desc=run.pe, mininterval=1)
     for step in bar:
-        for group in groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, warmup, args, group["of_encoder"])
         loss = training_loss(task, model, forward, data, step, warmup, args)
         loss.backward()
-        norms = [torch.nn.utils.clip_grad_norm_(part, 1.0) for part in parts]
+        norms = [torch.nn.utils.clip_grad_norm_(part, 1.0) for part in parts.values()]
         optimizer.step()
         optimizer.zero_grad()
         stopping = bool(stop) and step + 1 < total
