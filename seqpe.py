@@ -296,7 +296,7 @@ def sample_groups(n_groups, n_candidates, n_dim, n_digits, base=10, mix=(0.2, 0.
     max_position = _number_of_positions(n_digits, base)
     _at_least_one(n_groups=n_groups, n_candidates=n_candidates)
     if max_position > 2 ** 24:
-        raise ValueError(f"{max_position} positions are more than single precision can sample from, {2 ** 24}")
+        raise ValueError(f"{max_position} positions: single precision can sample from {2 ** 24} at most")
     draw = dict(generator=generator, device=device)
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), **draw)
     candidates = torch.randint(max_position, (n_groups, n_candidates, n_dim), **draw)
@@ -650,8 +650,8 @@ class GPT(Transformer):
     def forward(self, idx, targets=None, positions=None, interpolate=False):
         """idx: (B, T) tokens -> logits (B, T, vocab_size) and, with targets (B, T), the mean loss in nats.
 
-        positions: (T,) or (B, T), default 0 to T - 1. interpolate: stretch those of the training window over T
-        instead of going beyond it. Targets of -1 do not count.
+        positions: (T,) or (B, T), default 0 to T - 1. interpolate: stretch those of the training window over
+        T instead of going beyond it. Targets of -1 do not count.
         """
         if positions is not None:
             positions = positions.unsqueeze(-1)
@@ -705,8 +705,8 @@ class ViT(Transformer):
     def forward(self, images, targets=None, positions=None, interpolate=False):
         """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
 
-        positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those of
-        the training grid over a larger one instead of going beyond it.
+        positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those
+        of the training grid over a larger one instead of going beyond it.
         """
         patch = self.config.patch_size
         if images.size(-2) % patch or images.size(-1) % patch:

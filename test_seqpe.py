@@ -1504,7 +1504,8 @@ def test_evaluation_scores_the_same_characters_at_every_length(corpus):
     args = argparse.Namespace(data=str(corpus), block_size=8, device="cpu")
     task = train_lm.Text(args)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=len(task.vocabulary), n_layer=1, n_head=2, n_embd=16, pe="rope"))
+    model = GPT(GPTConfig(block_size=8, vocab_size=len(task.vocabulary), n_layer=1, n_head=2, n_embd=16,
+                          pe="rope"))
     scores, text = task.evaluate(model), corpus.read_text()[2700:]
     for T in (8, 32):
         losses = []
@@ -1541,8 +1542,7 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(corpus, tmp_path, monk
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_an_interrupted_run_shows_the_finished_encodings_and_goes_on_with_the_rest(corpus, tmp_path, monkeypatch,
-                                                                                   capsys):
+def test_an_interrupted_run_shows_what_is_finished(corpus, tmp_path, monkeypatch, capsys):
     interrupted_after(monkeypatch, 33)      # 30 steps of rope, then 3 of alibi
     with pytest.raises(SystemExit):
         lm(corpus, tmp_path, "--pe", "rope,alibi")
@@ -1550,6 +1550,14 @@ def test_an_interrupted_run_shows_the_finished_encodings_and_goes_on_with_the_re
     assert "\nrope  " in printed and "alibi: stopped at step 3 of 30" in printed
     rows = lm(corpus, tmp_path, "--pe", "rope,alibi", "--resume")
     assert "is finished" in capsys.readouterr().out and list(rows) == ["rope", "alibi"]
+
+
+def test_resume_scores_what_was_trained_but_not_scored(corpus, tmp_path, capsys):
+    rows = lm(corpus, tmp_path, "--pe", "rope")
+    (record,) = (tmp_path / "out").glob("*.json")
+    record.unlink()
+    assert lm(corpus, tmp_path, "--pe", "rope", "--resume") == rows
+    assert "going on from step 30" in capsys.readouterr().out and record.exists()
 
 
 def test_resume_refuses_other_arguments_and_names_them(corpus, tmp_path, monkeypatch, capsys):
@@ -1590,7 +1598,8 @@ def test_a_run_with_other_arguments_leaves_the_results_alone(corpus, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch, capsys):
     original = train_lm.training_loss
-    monkeypatch.setattr(train_lm, "training_loss", lambda *args: original(*args) * (math.nan if args[4] > 22 else 1))
+    monkeypatch.setattr(train_lm, "training_loss",
+                        lambda *args: original(*args) * (math.nan if args[4] > 22 else 1))
     error = failure(capsys, monkeypatch, *TINY, "--data", corpus, "--out", tmp_path / "out")
     assert "not finite at step 40" in error and not list((tmp_path / "out").glob("*.pt"))
 
@@ -1650,8 +1659,8 @@ def test_load_samples_and_evaluates_without_training(corpus, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("content, said", [
-    (None, "No such file"), (b"", "too few"), (b"a", "too few"), (b"a" * 5000, "too few"), (b"ab" * 10, "too few"),
-    (bytes(range(256)) * 20, "not a UTF-8 text file")],
+    (None, "No such file"), (b"", "too few"), (b"a", "too few"), (b"a" * 5000, "too few"),
+    (b"ab" * 10, "too few"), (bytes(range(256)) * 20, "not a UTF-8 text file")],
     ids=["missing", "empty", "one character", "one different", "short", "binary"])
 def test_data_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, content, said):
     path = tmp_path / "data.txt"
@@ -1665,9 +1674,10 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, con
     (["--steps", 0], "at least 1, got 0"), (["--block-size", 0], "at least 1, got 0"),
     (["--batch-size", -1], "at least 1, got -1"), (["--n-head", 3], "n_embd=16 is not divisible by n_head=3"),
     (["--pe-width", 9], "n_embd=9 is not divisible by n_head=2"), (["--base", 1], "at least 2, got 1"),
-    (["--digits", 2], "needs --digits 3"), (["--digits", 30], "64-bit"), (["--lr", "nan"], "got nan"),
-    (["--lr", "fast"], "invalid float value: 'fast'"), (["--contrastive-weight", -0.1], "at least 0, got -0.1"),
-    (["--pe", "rope", "--n-embd", 10, "--n-head", 2], "rope in 1-D"), (["--device", "cudax"], "'cudax'"),
+    (["--digits", 2], "use --digits 3"), (["--digits", 30], "64-bit"), (["--lr", "nan"], "got nan"),
+    (["--lr", "fast"], "invalid float value: 'fast'"),
+    (["--contrastive-weight", -0.1], "at least 0, got -0.1"), (["--device", "cudax"], "'cudax'"),
+    (["--pe", "rope", "--n-embd", 10, "--n-head", 2], "rope in 1-D"),
     (["--nonsense"], "--nonsense"), (["--load", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (["--data", "."], "Is a directory")])
 def test_arguments_that_cannot_be_used_are_one_line(corpus, tmp_path, monkeypatch, capsys, arguments, said):
@@ -1683,11 +1693,11 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 def test_random_arguments_work_or_are_one_line(corpus, tmp_path, monkeypatch, capsys):
     draw = random.Random(0)
-    choices = {"--pe": ["seqpe", "rope", "alibi,nope", "all", "", "x"], "--fusion": ["scalar", "mul", "add", "input"],
-               "--block-size": [0, 1, 2, 9, 400], "--n-head": [1, 2, 3], "--n-embd": [0, 6, 8], "--digits": [1, 3, 4],
-               "--base": [1, 2, 36], "--batch-size": [1, 3, 8], "--shift-prob": [0, 0.5, 1, -1], "--seed": [-1, 5],
-               "--contrastive-weight": [0, 0.1], "--distill-weight": [0, 0.1], "--pe-warmup": [0, 2],
-               "--lr": [0, 1e-3, "inf"]}
+    choices = {"--pe": ["seqpe", "rope", "alibi,nope", "all", "", "x"], "--fusion": list(FUSIONS),
+               "--block-size": [0, 1, 2, 9, 400], "--n-head": [1, 2, 3], "--n-embd": [0, 6, 8],
+               "--digits": [1, 3, 4], "--base": [1, 2, 36], "--batch-size": [1, 3, 8], "--seed": [-1, 5],
+               "--shift-prob": [0, 0.5, 1, -1], "--contrastive-weight": [0, 0.1],
+               "--distill-weight": [0, 0.1], "--pe-warmup": [0, 2], "--lr": [0, 1e-3, "inf"]}
     outcomes = Counter()
     for i in range(40):
         names = draw.sample(sorted(choices), 4)
@@ -1709,7 +1719,8 @@ def test_random_arguments_work_or_are_one_line(corpus, tmp_path, monkeypatch, ca
 def test_text_too_short_for_the_longest_context_says_so(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("abcd" * 120)       # 48 characters of validation text
     rows = lm(tmp_path / "short.txt", tmp_path, "--pe", "rope")
-    assert list(rows["rope"]) == [8, 16, 32] and "at context lengths [8, 16, 32] only" in capsys.readouterr().out
+    assert list(rows["rope"]) == [8, 16, 32]
+    assert "at context lengths [8, 16, 32] only" in capsys.readouterr().out
 
 
 def test_a_download_is_checked_once_and_a_wrong_one_is_kept_apart(tmp_path):
@@ -1736,7 +1747,8 @@ def test_heat_map_is_a_picture_of_the_dot_products(monkeypatch):
     dots = e @ e.T
     grey = ((dots - dots.min()) / (dots.max() - dots.min())).tolist()
     for row, line in enumerate(lines[1:]):
-        expected = "".join(" ░▒▓█"[round(2 * (grey[2 * row][c] + grey[2 * row + 1][c]))] for c in range(8))
+        pixels = zip(grey[2 * row], grey[2 * row + 1])
+        expected = "".join(" ░▒▓█"[round(2 * (upper + lower))] for upper, lower in pixels)
         assert line[:8] == expected
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "\x1b[38;5;" in train_lm.heat_map(encoder, size=8)
@@ -1758,7 +1770,7 @@ def test_the_readme_names_only_options_that_exist(capsys):
 
 def test_the_readme_example_trains(tmp_path):
     """The block that shows SeqPE in somebody else's attention layer, run beside a copy of seqpe.py alone."""
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "from seqpe" in block]
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     (tmp_path / "seqpe.py").write_bytes(Path(seqpe.__file__).read_bytes())
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)

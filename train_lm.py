@@ -160,8 +160,8 @@ class Text:
     def model(self, pe):
         args, longest = self.args, self.lengths[-1]
         if pe == "seqpe" and longest > args.base ** args.digits:
-            raise ValueError(f"--digits {args.digits} write {args.base ** args.digits} positions, the longest "
-                             f"context has {longest}: it needs --digits {digits_needed(longest - 1, args.base)}")
+            raise ValueError(f"--digits {args.digits} write {args.base ** args.digits} positions, too few for "
+                             f"contexts of {longest}: use --digits {digits_needed(longest - 1, args.base)}")
         return GPT(GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, pe=pe,
                              fusion=args.fusion, n_digits=args.digits, base=args.base, pe_width=args.pe_width,
                              block_size=args.block_size, vocab_size=len(self.vocabulary)))
@@ -178,7 +178,7 @@ class Text:
 
     def windows(self, T):
         """(N_EVALUATED, T + 1) characters of validation text, which end at the same places for every T."""
-        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), N_EVALUATED).long()
+        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), N_EVALUATED, dtype=torch.float64).long()
         return self.val[ends.unsqueeze(1) + torch.arange(-T - 1, 0)]
 
     @torch.no_grad()
@@ -229,8 +229,9 @@ class Run:
 
     def resume(self):
         """The checkpoint to go on from, or None."""
-        if self.progress.exists():
-            return load_checkpoint(self.progress)
+        for path in (self.progress, self.final):    # a final one without a record was not evaluated
+            if path.exists():
+                return load_checkpoint(path)
         if others := sorted(self.out.glob(f"{self.stem}-*.part.pt"), key=os.path.getmtime):
             theirs = load_checkpoint(others[-1])["settings"]
             different = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in self.settings.items()
@@ -264,8 +265,15 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: not a checkpoint of this script (truncated, foreign or older)") from None
 
 
+def restore(model, checkpoint):
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise ValueError("the checkpoint is of another version of this model") from None
+
+
 def learning_rate(step, warmup, args, of_encoder):
-    """The encoder's warm-up: it falls to 0. Then for all: up in 5 % of the steps, a cosine down to a tenth."""
+    """In the encoder's warm-up it falls to 0; then up in 5 % of the steps, by a cosine down to a tenth."""
     if step < warmup:
         return args.lr * (1 - step / warmup) if of_encoder else 0.0
     done = (step - warmup) / args.steps
@@ -301,7 +309,7 @@ def train(task, run, args, stop):
     warmup = args.pe_warmup if model.encoder and (args.contrastive_weight or args.distill_weight) else 0
     total, first, kept = warmup + args.steps, 0, 0
     if args.resume and (checkpoint := run.resume()):
-        model.load_state_dict(checkpoint["model"])
+        restore(model, checkpoint)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"]["torch"])
         data.set_state(checkpoint["random"]["data"])
@@ -322,7 +330,7 @@ def train(task, run, args, stop):
                         optimizer=optimizer.state_dict(), vocabulary=task.vocabulary), buffer)
         write_file(path, buffer.getvalue())
 
-    forward, shown = torch.compile(model) if args.compile else model, {}
+    forward, shown, step = torch.compile(model) if args.compile else model, {}, first - 1
     bar = tqdm(range(first, total), initial=first, total=total, desc=run.pe, mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
@@ -373,7 +381,7 @@ def table(task, rows):
 @torch.no_grad()
 def heat_map(encoder, size=32):
     """e_i . e_j as a picture, in the training window and across the middle of what the digits can write."""
-    pictures = []
+    pictures, size = [], min(size, encoder.max_position)
     for start in (0, (encoder.max_position - size) // 2):
         e = encoder(torch.arange(start, start + size).unsqueeze(-1).expand(-1, encoder.n_dim)).cpu()
         dots = e @ e.T
@@ -398,7 +406,7 @@ def run_all(make_task, args):
         vars(args).update(checkpoint["settings"])
         task = make_task(args, checkpoint["vocabulary"], read=args.eval)
         model = task.model(args.pe).to(args.device)
-        model.load_state_dict(checkpoint["model"])
+        restore(model, checkpoint)
         rows = {args.pe: task.evaluate(model)} if args.eval else {}
         if args.eval:
             print(table(task, rows))
@@ -444,6 +452,8 @@ def run_script(main):
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main(argv=None):
