@@ -49,7 +49,7 @@ def position_to_digits(positions, n_digits, base=10, check=True):
         if highest >= limit:
             raise ValueError(f"position {highest} is past the limit: {n_digits} digits in base {base} write "
                              f"0 to {limit - 1}; it needs n_digits={digits_needed(highest, base)}")
-    place_values = _place_values(n_digits, base, positions.device)
+    place_values = base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)     # ..., 100, 10, 1
     return (positions.long().unsqueeze(-1) // place_values % base).flatten(-2)
 
 
@@ -58,20 +58,15 @@ def digits_to_position(digits, n_digits, base=10, check=True):
     _number_of_positions(n_digits, base)
     if digits.size(-1) % n_digits:
         raise ValueError(f"{digits.size(-1)} digits are no whole number of positions of n_digits={n_digits}")
-    if check and digits.numel() and not 0 <= digits.min() <= digits.max() < base:
-        raise ValueError(f"digits in base {base} lie in 0 to {base - 1}, "
-                         f"got {int(digits.min())} to {int(digits.max())}")
-    place_values = _place_values(n_digits, base, digits.device)
+    if check and ((digits < 0) | (digits >= base)).any():
+        raise ValueError(f"digits in base {base} are below {base}, got {digits.min()} to {digits.max()}")
+    place_values = base ** torch.arange(n_digits - 1, -1, -1, device=digits.device)
     return (digits.long().unflatten(-1, (-1, n_digits)) * place_values).sum(-1)
 
 
 def digits_needed(position, base=10):
     """How many digits it takes to write `position`."""
     return 1 if position < base else 1 + digits_needed(position // base, base)
-
-
-def _place_values(n_digits, base, device):
-    return base ** torch.arange(n_digits - 1, -1, -1, device=device)       # ..., 100, 10, 1
 
 
 def _number_of_positions(n_digits, base):
@@ -418,11 +413,14 @@ class ViTConfig(TransformerConfig):
     n_classes: int = 10
 
 
-def resize_grid(values, old, new, mode_2d="bilinear"):
-    """Interpolate the values of a grid, linearly unless told otherwise: (prod(old), C) -> (prod(new), C)."""
+def resize_grid(values, resize, mode_2d="bilinear"):
+    """Interpolate the values of a grid, (prod(old), C) -> (prod(new), C); resize is (old, new) or None."""
+    if resize is None:
+        return values
+    old, new = resize
     mode = {1: "linear", 2: mode_2d, 3: "trilinear"}[len(old)]
     grid = values.T.unflatten(-1, old).unsqueeze(0)                                 # (1, C, *old)
-    return F.interpolate(grid, size=new, mode=mode, align_corners=False).flatten(2)[0].T
+    return F.interpolate(grid, size=new, mode=mode).flatten(2)[0].T
 
 
 class PositionEncoding(nn.Module):
@@ -467,9 +465,7 @@ class RoPE(PositionEncoding):
         self.frequency = nn.Parameter(magnitude.repeat(2) * torch.stack([angle.cos(), angle.sin()], dim=2))
 
     def forward(self, positions, resize=None):
-        positions = positions.to(self.frequency.device).float()
-        if resize:
-            positions = resize_grid(positions, *resize)
+        positions = resize_grid(positions.to(self.frequency.device).float(), resize)
         # A product and a sum, not a matrix product: autocast would round the angles to 8 bits.
         angle = (positions[..., None, None, :, :, None] * self.frequency.unsqueeze(-3)).sum(-2)
         angle = F.pad(angle, (0, 0, int(self.class_token), 0))   # (..., n_layer or 1, H or 1, T, D/2)
@@ -493,9 +489,7 @@ class ALiBi(PositionEncoding):
         self.register_buffer("slope", slope.view(-1, 1, 1))
 
     def forward(self, positions, resize=None):
-        positions = positions.to(self.slope.device).float()
-        if resize:
-            positions = resize_grid(positions, *resize)
+        positions = resize_grid(positions.to(self.slope.device).float(), resize)
         low = positions % 256
         j = torch.cat([positions - low, low], dim=-1).unsqueeze(-3)                 # (..., 1, T, 2)
         j = j.expand(*j.shape[:-3], len(self.slope), -1, -1)                        # (..., H, T, 2)
@@ -571,8 +565,7 @@ class EmbeddingPE(PositionEncoding):
             e = self.embedding(windows)[which]                                      # (B, T, C)
         else:
             e = self.embedding(positions)                                           # (T, C)
-        if resize:
-            e = resize_grid(e, *resize, mode_2d="bicubic")
+        e = resize_grid(e, resize, mode_2d="bicubic")
         if self.cls is not None:
             e = torch.cat([self.cls.expand(*e.shape[:-2], 1, -1), e], dim=-2)
         n_layer, n_head = self.config.n_layer, self.config.n_head

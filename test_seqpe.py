@@ -844,7 +844,7 @@ def stretched(values, new):
 @pytest.mark.parametrize("old, new", [(8, 16), (8, 24), (8, 13), (8, 5), (8, 8)])
 def test_text_is_stretched_linearly(old, new):
     values = randn(old, 3)
-    torch.testing.assert_close(resize_grid(values, (old,), (new,)), stretched(values, new))
+    torch.testing.assert_close(resize_grid(values, ((old,), (new,))), stretched(values, new))
 
 
 @pytest.mark.parametrize("encoding", TEXT)
@@ -1288,7 +1288,7 @@ def test_a_box_is_stretched_linearly_along_each_axis(new):
     slow = values.view(*old, 5)
     for axis, size in enumerate(new):
         slow = stretched(slow.transpose(0, axis), size).transpose(0, axis)
-    torch.testing.assert_close(resize_grid(values, old, new), slow.reshape(-1, 5))
+    torch.testing.assert_close(resize_grid(values, (old, new)), slow.reshape(-1, 5))
 
 
 # ------------------------------------------------------------------------------------------------------------
