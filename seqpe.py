@@ -59,7 +59,7 @@ def digits_to_position(digits, n_digits, base=10, check=True):
     if digits.size(-1) % n_digits:
         raise ValueError(f"{digits.size(-1)} digits are no whole number of positions of n_digits={n_digits}")
     if check and ((digits < 0) | (digits >= base)).any():
-        raise ValueError(f"digits in base {base} are below {base}, got {digits.min()} to {digits.max()}")
+        raise ValueError(f"digits in base {base} are 0 to {base - 1}, got {digits.min()} to {digits.max()}")
     place_values = base ** torch.arange(n_digits - 1, -1, -1, device=digits.device)
     return (digits.long().unflatten(-1, (-1, n_digits)) * place_values).sum(-1)
 
