@@ -568,19 +568,19 @@ def test_position_regularizers_of_weight_zero():
 
 
 @pytest.mark.parametrize("shape", [(16,), (4, 4), (2, 2, 4)])
-def test_a_few_steps_lower_the_regularisers(shape):
+def test_training_lowers_the_regularisers(shape):
     torch.manual_seed(0)
     encoder = SeqPE(16, 2, n_dim=len(shape), n_digits=2, base=5, width=16)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-3)
     losses = []
-    for _ in range(60):     # on the same positions: fresh ones would take longer
-        loss = position_regularizers(encoder, shape, 1, 1, n_groups=16, n_candidates=8, n_students=2,
+    for _ in range(150):    # on the same positions: fresh ones would take longer
+        loss = position_regularizers(encoder, shape, 1, 1, n_groups=4, n_candidates=8, n_students=2,
                                      n_samples=8, generator=seeded(1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
+    assert sum(losses[-25:]) / 25 < 0.75 * losses[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
