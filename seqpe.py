@@ -244,7 +244,9 @@ class SeqPE(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last_only=True)              # only [CLS] is read, so only [CLS] asks
-        return self.proj(self.ln(x[:, 0])).view(*digits.shape[:-1], self.n_embd)
+        # All e_p of the same length in each head: a dot product then says how near, and nothing else.
+        e = self.proj(self.ln(x[:, 0])).unflatten(-1, (self.n_head, -1))
+        return F.rms_norm(e, e.shape[-1:]).reshape(*digits.shape[:-1], self.n_embd)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -397,6 +399,7 @@ class TransformerConfig:
     n_digits: int = 4
     base: int = 10
     pe_width: Optional[int] = None
+    spread: float = 0.0         # of SeqPE's slopes at the start: 0 is 1 in every head, 8 as ALiBi's
 
 
 @dataclass
@@ -555,9 +558,12 @@ class EmbeddingPE(PositionEncoding):
         self.cls = nn.Parameter(torch.randn(C) * 0.02) if class_token else None
         n_maps = {"input": 0, "scalar": 1, "mul": n_layer, "add": n_layer}[self.fusion]
         self.maps = nn.ModuleList(nn.Linear(C, 2 * C, bias=False) for _ in range(n_maps))
+        # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With
+        # slopes of 1 all heads begin by looking nearby, with ALiBi's some begin by looking everywhere.
+        slope = 2.0 ** (-config.spread * torch.arange(n_head) / n_head)
+        start = (slope * self.head_dim ** 0.5).sqrt().repeat_interleave(self.head_dim).diag()
         for map in self.maps:
-            # eq . ek / sqrt(D) starts as e_i . e_j, which L_delta has made fall with distance.
-            map.weight.data.copy_(torch.eye(C).repeat(2, 1) * self.head_dim ** 0.25)
+            map.weight.data.copy_(start.repeat(2, 1))
 
     def forward(self, positions, resize=None):
         if positions.dim() == 3:    # sequences that share a window share its embeddings
@@ -589,7 +595,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config, window, causal):
         super().__init__()
-        _at_least_one(**{name: value for name, value in vars(config).items() if isinstance(value, int)})
+        _at_least_one(**{name: value for name, value in vars(config).items()
+                         if isinstance(value, int) and name != "spread"})
         if config.pe not in ENCODINGS:
             raise ValueError(f"unknown position encoding {config.pe!r}; known: {', '.join(ENCODINGS)}")
         self.config, self.window = config, window       # the training window's shape

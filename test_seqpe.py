@@ -17,11 +17,14 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 import seqpe
 import train_lm
+import train_vit
 from seqpe import (ENCODINGS, FUSIONS, GPT, Attention, Block, GPTConfig, LearnedTable, SeqPE, Signal,
                    Sinusoid, ViT, ViTConfig, contrastive_loss, digits_needed, digits_to_position,
                    distillation_loss, position_regularizers, position_to_digits, resize_grid,
@@ -223,7 +227,8 @@ def slow_encoder(encoder, position):
     x = torch.stack([*rows, weights["cls"]])
     for layer in range(len(encoder.blocks)):
         x = slow_block(x, weights, f"blocks.{layer}", encoder.n_head, True, tanh_gelu)
-    return slow_linear(slow_layer_norm(x, weights, "ln")[-1], weights, "proj")
+    heads = slow_linear(slow_layer_norm(x, weights, "ln")[-1], weights, "proj").chunk(encoder.n_head)
+    return torch.cat([head / (head ** 2).mean().sqrt() for head in heads])
 
 
 @pytest.mark.parametrize("n_dim, n_layer, base, n_digits", [(1, 1, 10, 4), (1, 2, 10, 4), (1, 3, 2, 9),
@@ -668,15 +673,26 @@ def test_seqpe_enters_attention_as_the_paper_writes(make, positions, fusion):
     check_attention(model, positions, logit_of_layer)
 
 
+@pytest.mark.parametrize("spread, slopes", [(0, [1, 1]), (8, [1, 1 / 16])])
 @pytest.mark.parametrize("fusion, n_maps", [("scalar", 1), ("mul", 3), ("add", 3), ("input", 0)])
-def test_the_maps_start_at_the_identity(fusion, n_maps):
+def test_the_maps_start_as_slopes_times_the_dot_product(fusion, n_maps, spread, slopes):
     torch.manual_seed(0)
-    maps = GPT(GPTConfig(n_layer=3, n_embd=16, n_head=2, pe="seqpe", fusion=fusion)).pe.maps
-    assert len(maps) == n_maps
-    for each in maps:
-        assert each.bias is None
-        # eq . ek / sqrt(D) is then e_i . e_j in each head, of D = 8 channels
-        torch.testing.assert_close(each.weight, torch.cat([torch.eye(16), torch.eye(16)]) * 8 ** 0.25)
+    pe = GPT(GPTConfig(n_layer=3, n_embd=16, n_head=2, pe="seqpe", fusion=fusion, spread=spread)).pe
+    assert len(pe.maps) == n_maps and all(each.bias is None for each in pe.maps)
+    e = pe.embedding(torch.arange(5))
+    for each in pe.maps:
+        for head, slope in enumerate(slopes):
+            e_h = e[:, 8 * head:8 * head + 8]
+            eq, ek = (part[:, 8 * head:8 * head + 8] for part in each(e).chunk(2, dim=-1))
+            torch.testing.assert_close(eq @ ek.T / math.sqrt(8), slope * e_h @ e_h.T)
+
+
+@pytest.mark.parametrize("n_dim", [1, 2])
+def test_every_embedding_has_the_same_length_in_every_head(n_dim):
+    encoder = make_encoder(n_dim)
+    positions = torch.randint(encoder.max_position, (50, n_dim), generator=seeded())
+    heads = encoder(positions).unflatten(-1, (encoder.n_head, -1))
+    torch.testing.assert_close(heads.pow(2).mean(-1), torch.ones(50, encoder.n_head, dtype=heads.dtype))
 
 
 def turned(x, angles):
@@ -1445,16 +1461,19 @@ def corpus(tmp_path):
 
 def lm(corpus, tmp_path, *arguments):
     """train_lm.main on a tiny model; the results go to tmp_path / "out"."""
-    return train_lm.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), *map(str, arguments)])
+    results = train_lm.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"),
+                             *map(str, arguments)])
+    return {pe: tables["loss"] for pe, tables in results.items()}
 
 
-def failure(capsys, monkeypatch, *arguments):
+def failure(capsys, monkeypatch, *arguments, script=train_lm):
     """The one line on stderr of a call that must end with exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["train_lm.py", *map(str, arguments)])
+    name = f"{script.__name__}.py"
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
-        train_lm.run_script(train_lm.main)
+        train_lm.run_script(script.main)
     lines = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if line and "it/s" not in line]
-    assert exit_.value.code == 2 and len(lines) == 1 and lines[0].startswith("train_lm.py: "), lines
+    assert exit_.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: "), lines
     return lines[0]
 
 
@@ -1483,7 +1502,7 @@ def test_all_encodings_are_trained_and_recorded(corpus, tmp_path, capsys):
         (path,) = (tmp_path / "out").glob(f"corpus-{pe}-seed0-*.json")
         record = json.loads(path.read_text())
         assert list(rows[pe]) == [8, 16, 32, 64, 128]
-        assert record["loss"] == {str(length): loss for length, loss in rows[pe].items()}
+        assert record["results"] == {"loss": {str(length): loss for length, loss in rows[pe].items()}}
         assert record["pe"] == pe == record["arguments"]["pe"] and record["seed"] == 0
         assert record["device"] and record["data"] and record["seconds"] >= 0
         assert f"\n{pe} " in printed and f"{rows[pe][128]:.3f}" in printed
@@ -1504,18 +1523,18 @@ def test_evaluation_scores_the_same_characters_at_every_length(corpus):
     args = argparse.Namespace(data=str(corpus), block_size=8, device="cpu")
     task = train_lm.Text(args)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=len(task.vocabulary), n_layer=1, n_head=2, n_embd=16,
+    model = GPT(GPTConfig(block_size=8, vocab_size=len(task.about), n_layer=1, n_head=2, n_embd=16,
                           pe="rope"))
-    scores, text = task.evaluate(model), corpus.read_text()[2700:]
+    scores, text = task.evaluate(model)["loss"], corpus.read_text()[2700:]
     for T in (8, 32):
         losses = []
         for window_ in task.windows(T):
-            string = "".join(task.vocabulary[i] for i in window_)
+            string = "".join(task.about[i] for i in window_)
             assert string in text and len(string) == T + 1
             log_p = model(window_[:-1].unsqueeze(0))[0][0].log_softmax(-1)
             losses += [-log_p[i, window_[i + 1]].item() for i in range(T - 8, T)]
         assert scores[T] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-    ends = [["".join(task.vocabulary[i] for i in w[-9:]) for w in task.windows(T)] for T in task.lengths]
+    ends = [["".join(task.about[i] for i in w[-9:]) for w in task.windows(T)] for T in task.lengths]
     assert all(end == ends[0] for end in ends)
 
 
@@ -1643,7 +1662,8 @@ def test_killed_at_any_moment_a_run_leaves_a_loadable_checkpoint(corpus, tmp_pat
 def test_load_samples_and_evaluates_without_training(corpus, tmp_path, monkeypatch, capsys):
     rows = lm(corpus, tmp_path)
     (path,) = (tmp_path / "out").glob("*.pt")
-    assert train_lm.main(["--load", str(path), "--eval", "--sample", "abc"]) == rows
+    results = {"seqpe": {"loss": rows["seqpe"]}}
+    assert train_lm.main(["--load", str(path), "--eval", "--sample", "abc"]) == results
     assert f"{rows['seqpe'][128]:.3f}" in capsys.readouterr().out
     corpus.unlink()         # a sample needs no data
     train_lm.main(["--load", str(path), "--sample", "abc"])
@@ -1755,14 +1775,366 @@ def test_heat_map_is_a_picture_of_the_dot_products(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# train_lm.py --data recall
+
+RECORD = re.compile("@([a-z]{2})=([0-9]{3})")
+
+
+@pytest.fixture(scope="module")
+def recall():
+    """The task on windows of 64 characters, of which 42 are records and questions."""
+    args = argparse.Namespace(data="recall", block_size=64, batch_size=16, device="cpu")
+    task = train_lm.Recall(args)
+    task.val = task.val[:20_000]
+    return task
+
+
+def strings(task, text):
+    return ["".join(task.about[i] for i in row) for row in text]
+
+
+@pytest.mark.parametrize("T", [42, 64, 300])
+def test_records_are_asked_for_again_at_the_end(recall, T):
+    haystack = torch.full((40, T + 1), recall.about.index("x"))
+    places, same_order = Counter(), 0
+    for text in strings(recall, recall.ask(haystack, seeded())):
+        records, questions = RECORD.findall(text[:-21]), RECORD.findall(text[-21:])
+        assert len(records) == len({key for key, _ in records}) == 3 and sorted(records) == sorted(questions)
+        assert len(text) == T + 1 and RECORD.sub("", text) == "x" * (T + 1 - 42)
+        places.update(match.start() for match in RECORD.finditer(text[:-21]))
+        same_order += records == questions
+    assert 0 < same_order < 20
+    assert T == 42 or len(places) > min(20, T / 4) and max(places) > T - 40 - T / 10 and min(places) < T / 10
+
+
+def test_records_may_repeat_each_other(recall):
+    n_different = torch.tensor([[1], [2], [3]])
+    haystack = torch.full((3, 101), recall.about.index("x"))
+    texts = strings(recall, recall.ask(haystack, seeded(), n_different))
+    assert [len(set(RECORD.findall(text))) for text in texts] == [1, 2, 3]
+    assert [len(RECORD.findall(text)) for text in texts] == [6, 6, 6]
+
+
+def test_recall_is_decided_by_its_generator(recall):
+    state = torch.get_rng_state()
+    first, second = recall.batch(seeded(1)), recall.batch(seeded(1))
+    assert torch.equal(first, second) and not torch.equal(first, recall.batch(seeded(2)))
+    assert torch.equal(torch.get_rng_state(), state) and first.shape == (16, 65)
+    assert torch.equal(recall.windows(128), recall.windows(128))
+
+
+def recall_model(task, seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, n_digits=4, vocab_size=len(task.about),
+                         block_size=task.args.block_size))
+
+
+def test_recalls_loss_is_that_of_answers_and_text(recall):
+    model, batch = recall_model(recall).double(), recall.batch(seeded())[:3]
+    log_p = model(batch[:, :-1])[0].log_softmax(-1)
+    nats = -torch.stack([log_p[b, t, batch[b, t + 1]] for b in range(3) for t in range(64)]).view(3, 64)
+    answers = [64 - 21 + 7 * question + 4 + digit for question in range(3) for digit in range(3)]
+    torch.testing.assert_close(recall.loss(model, batch), nats[:, answers].mean() + nats.mean())
+
+
+def test_an_answer_is_right_when_greedy_decoding_writes_it(recall, monkeypatch):
+    model, digits = recall_model(recall), recall.encode("01")
+    with torch.no_grad():       # an untrained model seldom writes a digit: this one writes 0 or 1
+        model.ln.bias.copy_(1000 * model.tokens.weight[digits].sum(0))
+        model.tokens.weight[digits] = model.tokens.weight[digits].mean(0) + 1e-3 * randn(2, 16).float()
+    text = recall.ask(recall.val[:50 * 65].view(50, 65), seeded())
+    places = torch.arange(65 - 21, 65).view(3, 7)[:, 4:]
+    text[:, places.flatten()] = digits[torch.randint(2, (50, 9), generator=seeded())]
+    right = recall.right(model, text)
+    expected = []
+    for row in text:
+        for place in places:
+            written = model.generate(row[None, :place[0]], 3, temperature=0)[0, -3:]
+            expected.append(100.0 * torch.equal(written, row[place]))
+    assert right.flatten().tolist() == expected and 0 < sum(expected) < len(expected) * 100
+
+
+def test_recall_counts_by_length_and_by_distance(recall, monkeypatch):
+    """A model that knows only the records of the last 100 characters."""
+    def right(model, text):
+        rows = []
+        for line in strings(recall, text):
+            rows.append([])
+            for question in range(len(line) - 21, len(line), 7):
+                distance = question - line.find(line[question:question + 4])
+                rows[-1].append(100.0 * (distance <= 100))
+                if len(line) == 1025:
+                    column = max(64, 2 ** math.ceil(math.log2(distance)))
+                    by_distance.setdefault(column, []).append(rows[-1][-1])
+        return torch.tensor(rows)
+
+    by_distance = {}
+    monkeypatch.setattr(recall, "right", right)
+    scores = recall.evaluate(None)
+    assert list(scores) == list(recall.tables) == ["exact_match", "exact_match_by_distance"]
+    assert list(scores["exact_match"]) == [64, 128, 256, 512, 1024] and scores["exact_match"][64] == 100
+    assert scores["exact_match"][1024] < 20
+    expected = {T: sum(found) / len(found) for T, found in sorted(by_distance.items())}
+    assert scores["exact_match_by_distance"] == pytest.approx(expected)
+    assert expected[64] == 100 > expected[128] > 0 == expected[1024]
+
+
+def test_recall_from_end_to_end(tmp_path, monkeypatch, capsys):
+    arguments = [*TINY, "--data", "recall", "--block-size", 48, "--steps", 3, "--spread", 8, "--skip-prob", 1]
+    arguments = [*map(str, arguments), "--out", str(tmp_path)]
+    monkeypatch.setattr(train_lm.Recall, "n_evaluated", 8)
+    results = train_lm.main([*arguments, "--pe", "seqpe,learned"])
+    assert list(results["learned"]["exact_match"]) == [48, 96, 192, 384, 768]
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in train_lm.Recall.tables.values())
+    (path,) = tmp_path.glob("recall-seqpe-*.pt")
+    assert train_lm.main(["--load", str(path), "--eval"]) == {"seqpe": results["seqpe"]}
+    assert "at least 42" in failure(capsys, monkeypatch, *arguments, "--block-size", 41)
+
+
+def test_presets_yield_to_arguments(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_lm, "run_all", lambda make_task, args: seen.append((args.steps, args.data)))
+    for arguments in ([], ["--data", "recall"], ["--data", "recall", "--steps", "7"]):
+        train_lm.main(arguments)
+    preset = train_lm.PRESETS["recall"]["steps"]
+    assert seen == [(800, "python"), (preset, "recall"), (7, "recall")]
+
+
+def test_windows_skip_to_further_positions(monkeypatch):
+    """What GPT and ViT are given on a shifted step, with and without skips."""
+    args = argparse.Namespace(contrastive_weight=0, distill_weight=0, shift_prob=1, batch_size=16,
+                              device="cpu")
+    for model, shape in ((make_gpt(), (8,)), (make_vit(), (4, 4))):
+        offsets = []
+        task = argparse.Namespace(batch=lambda data: None,
+                                  loss=lambda _, __, positions: offsets.append(positions) or torch.zeros(()))
+        for args.skip_prob in (0, 1):
+            torch.manual_seed(0)
+            for _ in range(200):
+                train_lm.training_loss(task, model, model, None, 0, 0, args)
+        shifted, skipped = (torch.stack(half) - window(shape) for half in (offsets[:200], offsets[200:]))
+        lowest, highest = torch.stack(offsets).aminmax()
+        assert 0 <= lowest < 9 and 0 < model.encoder.max_position - highest < 9
+        assert (shifted == shifted[:, :, :1]).all() and torch.equal(shifted[:, :8], shifted[:, 8:])
+        assert len(shifted[:, :, 0].unique()) > model.encoder.max_position * 0.8
+        start, skip = skipped[:, :, :1], skipped - skipped[:, :, :1]
+        assert start.min() < 9 and skip.min() == 0 and skip.max() > model.encoder.max_position * 0.8
+        for axis in range(len(shape)):      # along each axis the offset is a step: one value, then another
+            places = window(shape)[:, axis]
+            for row in skip.flatten(0, 1)[:100, :, axis]:
+                by_place = [row[places == place].unique().tolist() for place in range(shape[axis])]
+                assert all(len(values) == 1 for values in by_place)
+                values = [value for (value,) in by_place]
+                assert values == sorted(values) and len(set(values)) <= 2
+
+
+def test_bench_measures_every_encoding(tmp_path, monkeypatch, capsys):
+    # Threads in place of fresh processes, which would take a minute to start.
+    monkeypatch.setattr(train_lm, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    found = train_lm.main([*TINY, "--bench", "--pe", "seqpe,rope", "--digits", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "bench.json").read_text())["results"] == found
+    for unit in ("ms", "MiB"):
+        for name in ("step", *(f"read {8 * 2 ** i}" for i in range(7))):
+            assert set(found[f"{name}, {unit}"]) == {"seqpe", "rope"} and f"{name}, {unit}" in printed
+            assert all(value >= 0 for value in found[f"{name}, {unit}"].values())
+        assert set(found[f"their sampling, {unit}"]) == {"seqpe"}
+    assert "1.00x" in printed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train_vit.py
+
+SMALL = ["--image-size", "8", "--patch-size", "2", "--n-layer", "1", "--n-head", "2", "--n-embd", "16",
+         "--pe-width", "8", "--batch-size", "4", "--steps", "4", "--pe-warmup", "3"]
+
+
+def images_task(**settings):
+    settings = {**dict(data="digits", image_size=8, patch_size=2, batch_size=4, device="cpu"), **settings}
+    return train_vit.Images(argparse.Namespace(**settings))
+
+
+def write_npz(path, **arrays):
+    generator = np.random.default_rng(0)
+    arrays = {"images": generator.integers(0, 256, (40, 6, 5), dtype=np.uint8),
+              "labels": np.arange(40) % 3, **arrays}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def test_the_digits_are_ucis():
+    path = Path(train_vit.__file__).parent / "data" / "digits.csv.gz"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in (path.parent / "README.md").read_text(encoding="utf-8")
+    images, labels, is_test = train_vit.read_images("digits")
+    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and images.max() == 240
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180] and is_test is None
+
+
+def test_every_digit_is_in_one_split():
+    task = images_task()
+    sizes = {name: len(labels) for name, (_, labels) in task.splits.items()}
+    assert sizes == {"train": 1199, "val": 200, "test": 398}
+    rows = [tuple(row.tolist()) for images, _ in task.splits.values() for row in images.flatten(1)]
+    every = [tuple(row.tolist()) for row in train_vit.read_images("digits")[0].flatten(1)]
+    assert Counter(rows) == Counter(every)
+    assert all(len(labels.unique()) == 10 for _, labels in task.splits.values())
+
+
+@pytest.mark.parametrize("size", [3, 8, 20])
+def test_images_are_drawn_at_any_size(size):
+    images = train_vit.read_images("digits")[0][:5]
+    drawn = train_vit.draw(images, size)
+    assert drawn.shape == (5, 1, size, size) and drawn.min() >= -1 and drawn.max() <= 1
+    if size == 8:
+        torch.testing.assert_close(drawn, images / 255 * 2 - 1)
+
+
+def test_augmented_images_are_parts_of_the_image(monkeypatch):
+    images = train_vit.read_images("digits")[0][:6]
+    state = torch.get_rng_state()
+    first, second = (train_vit.augment(images, 16, seeded(1)) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, train_vit.augment(images, 16, seeded(2)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.shape == (6, 1, 16, 16) and first.min() >= -1 and first.max() <= 1
+
+    def augmented(zoom, angle=0.5, x=0.5, y=0.5):
+        """Each of these is drawn uniformly from 0 to 1."""
+        drawn = torch.tensor([zoom, angle, x, y])[:, None].expand(4, 6)
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: drawn)
+        return train_vit.augment(images, 8, None)
+
+    no_zoom = math.sqrt(math.log(1 / 0.75, 4))
+    same = images / 255 * 2 - 1
+    torch.testing.assert_close(augmented(no_zoom), same, rtol=0, atol=1e-5)
+    middle = train_vit.draw(images, 24)[..., 8:16, 8:16]       # of the image at 3x; the filters differ a bit
+    assert (augmented(1.0) - middle).abs().mean() < 0.05 < (augmented(1.0) - same).abs().mean()
+    assert not torch.allclose(augmented(no_zoom, angle=1.0), same, atol=0.1)
+    to_the_right = augmented(1.0, x=1.0)        # 1 - 1 / 3, and a tenth beyond the border of [-1, 1]
+    assert (to_the_right[..., -1] < -0.9).all() and not torch.allclose(to_the_right, augmented(1.0), atol=0.1)
+
+
+def test_accuracy_counts_what_is_right():
+    task = images_task()
+    model = make_vit("rope", image_size=8, n_channels=1, n_classes=10).float()
+    images, labels = task.splits["test"]
+    right = [model(train_vit.draw(image[None], 12))[0].argmax().item() == label
+             for image, label in zip(images, labels.tolist())]
+    assert task.accuracy(model, "test", 12) == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_the_mode_is_chosen_on_validation_images(monkeypatch):
+    task, asked = images_task(), Counter()
+
+    def accuracy(model, split, size, interpolate=False):
+        asked[split, size, interpolate] += 1
+        better = interpolate == (size > 16)         # on the validation images; the test's disagree
+        return size + (50.0 if better == (split == "val") else 10.0)
+
+    monkeypatch.setattr(task, "accuracy", accuracy)
+    results = task.evaluate(make_vit("rope"))
+    assert list(results) == list(task.tables)
+    assert results["accuracy"] == {8: 58, 12: 22, 16: 26, 20: 30, 24: 34}
+    assert results["accuracy_extended"] == {8: 58, 12: 22, 16: 26, 20: 70, 24: 74}
+    assert results["accuracy_interpolated"] == {8: 58, 12: 62, 16: 66, 20: 30, 24: 34}
+    assert max(asked.values()) == 1
+    asked.clear()
+    task.evaluate(make_vit("learned"))
+    assert all(interpolate for _, _, interpolate in asked)
+
+
+def test_images_from_end_to_end(tmp_path, monkeypatch, capsys):
+    arguments = [*SMALL, "--pe", "all", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 9)     # seqpe's 7 steps, then 2 of rope's
+        with pytest.raises(SystemExit):
+            train_vit.main(arguments)
+    results = train_vit.main([*arguments, "--resume"])
+    assert "going on from step 2" in capsys.readouterr().out
+    assert list(results) == ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
+    assert all(list(row) == [8, 12, 16, 20, 24] for tables in results.values() for row in tables.values())
+    (path,) = tmp_path.glob("digits-seqpe-*.pt")
+    assert train_vit.main(["--load", str(path), "--eval"]) == {"seqpe": results["seqpe"]}
+    assert "e_i . e_j" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(40, 6, 5), (40, 9, 4, 3)], ids=["grey", "RGB"])
+def test_images_of_ones_own(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    path = write_npz(tmp_path / "own.npz", images=images)
+    found, labels, _ = train_vit.read_images(str(path))
+    assert torch.equal(found.squeeze(1) if len(shape) == 3 else found.movedim(1, -1), torch.from_numpy(images))
+    assert labels.tolist() == [i % 3 for i in range(40)]
+    results = train_vit.main([*SMALL, "--data", str(path), "--pe", "seqpe", "--out", str(tmp_path / "out")])
+    assert set(results["seqpe"]["accuracy"]) == {8, 12, 16, 20, 24}
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "No such file"), (b"", "not an .npz"), (b"not a zip archive", "not an .npz"),
+    (b"PK\x03\x04" + bytes(60), "not an .npz"), (dict(labels=None), "arrays `images` and `labels`"),
+    (dict(images=np.zeros((40, 6, 5))), "must be uint8"),
+    (dict(images=np.zeros((40, 6), np.uint8)), "must be uint8"),
+    (dict(images=np.zeros((40, 6, 5, 4), np.uint8)), "must be uint8"),
+    (dict(images=np.zeros((0, 6, 5), np.uint8), labels=np.zeros(0, int)), "must be uint8"),
+    (dict(labels=np.arange(39)), "labels (N,)"), (dict(labels=np.arange(40) - 1), "labels (N,)"),
+    (dict(labels=np.arange(40) / 2), "labels (N,)"), (dict(labels=np.array(["a"] * 40)), "not an .npz"),
+    (dict(labels=np.array([None] * 40)), "not an .npz"),
+    (dict(images=np.zeros((5, 6, 5), np.uint8), labels=np.arange(5)), "too few")])
+def test_images_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys, content, said):
+    path = tmp_path / "own.npz"
+    if isinstance(content, dict):
+        write_npz(path, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    error = failure(capsys, monkeypatch, *SMALL, "--data", path, "--out", tmp_path / "out", script=train_vit)
+    assert said in error
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--image-size", 0], "at least 1, got 0"), (["--image-size", 9], "not divisible by patch_size=2"),
+    (["--pe", "alibi"], "known: seqpe, rope"), (["--digits", 1], "use --digits 2"),
+    (["--data", "."], "Is a directory"), (["--n-embd", 12, "--n-head", 2, "--pe", "rope"], "rope in 2-D"),
+    (["--load", "nowhere.pt"], "no such checkpoint")])
+def test_image_arguments_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    assert said in failure(capsys, monkeypatch, *SMALL, "--out", tmp_path, *arguments, script=train_vit)
+
+
+def test_a_checkpoint_of_text_is_no_checkpoint_of_images(corpus, tmp_path, monkeypatch, capsys):
+    lm(corpus, tmp_path, "--steps", 2)
+    (path,) = (tmp_path / "out").glob("*.pt")
+    assert "checkpoint" in failure(capsys, monkeypatch, "--load", path, script=train_vit)
+    train_vit.main([*SMALL, "--out", str(tmp_path / "vit")])
+    (path,) = (tmp_path / "vit").glob("*.pt")
+    assert "checkpoint" in failure(capsys, monkeypatch, "--load", path)
+
+
+def test_cifar10_is_read_from_its_archive(tmp_path, monkeypatch):
+    path, generator = tmp_path / "cifar-10-binary.tar.gz", np.random.default_rng(0)
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    batches = {name: generator.integers(0, 10, (20, 3073), dtype=np.uint8) for name in names}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, batch in reversed(batches.items()):
+            (tmp_path / name).write_bytes(batch.tobytes())
+            archive.add(tmp_path / name, f"cifar-10-batches-bin/{name}")
+    monkeypatch.setattr(train_vit, "download", lambda url, to, sha256: path)
+    images, labels, is_test = train_vit.read_images("cifar10")
+    whole = torch.from_numpy(np.concatenate(list(batches.values())))
+    assert images.shape == (120, 3, 32, 32) and is_test.tolist() == [False] * 100 + [True] * 20
+    assert torch.equal(labels, whole[:, 0].long()) and torch.equal(images.flatten(1), whole[:, 1:])
+    assert images[119, 2, 31, 30] == whole[119, 1 + 2 * 1024 + 31 * 32 + 30]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # README.md
 
 README = (Path(seqpe.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_names_only_options_that_exist(capsys):
-    with pytest.raises(SystemExit):
-        train_lm.main(["--help"])
+    for script in (train_lm, train_vit):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = set(re.findall(r"--[a-z][a-z-]+", README))
     assert "--pe" in named and named <= known, named - known

@@ -3,6 +3,7 @@
     python train_lm.py --pe seqpe           real text, Python's own standard library: no download
     python train_lm.py --pe all             every encoding in turn, on the same batches, in one table
     python train_lm.py --data shakespeare   or --data FILE: other text
+    python train_lm.py --data recall        records in that text, asked for again at its end
     python train_lm.py --resume             go on after Ctrl-C, a crash or a closed laptop
     python train_lm.py --load out/FILE.pt --sample "def " --eval
 """
@@ -12,25 +13,32 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
+import re
 import signal
+import statistics
+import string
 import sys
 import sysconfig
 import time
 import urllib.request
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from seqpe import FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, window
+from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, sample_groups,
+                   sample_windows, window)
 
-N_EVALUATED = 64        # windows of validation text in a score
-CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "vocabulary")
+PRESETS = {"recall": dict(steps=2000)}
+CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "about")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile")    # make no other run
+NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile", "bench")   # same run
 
 # ------------------------------------------------------------------------------------------------------------
 # Arguments and data
@@ -49,9 +57,11 @@ class Parser(argparse.ArgumentParser):
                 ("digits", at_least(1), 4, "digits of a position"),
                 ("base", at_least(2), 8, "base of the digits"),
                 ("pe-width", at_least(1), 64, "width of SeqPE's encoder"),
+                ("spread", at_least(0, float), 0.0, "SeqPE's heads at the start: 0 all alike, 8 as ALiBi's"),
                 ("contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
                 ("distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
                 ("shift-prob", at_least(0, float), 0.5, "share of steps with windows at random places"),
+                ("skip-prob", at_least(0, float), 0.0, "share of those with a skip to further positions"),
                 ("pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's"),
                 ("n-layer", at_least(1), 4, "layers of the model"),
                 ("n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
@@ -74,6 +84,12 @@ class Parser(argparse.ArgumentParser):
             known = ", ".join([*self.encodings, "all"])
             raise argparse.ArgumentTypeError(f"unknown {min(unknown)!r}; known: {known}")
         return names
+
+    def parse(self, argv, presets):
+        """parse_args, with other defaults for some of the data; unlike those, presets are not in --help."""
+        data = self.parse_known_args(argv)[0].data
+        self.set_defaults(**presets.get(data, {}))
+        return self.parse_args(argv)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -112,9 +128,15 @@ def download(url, path, sha256):
     return path
 
 
+def check_digits(pe, longest, args):
+    if pe == "seqpe" and longest > args.base ** args.digits:
+        raise ValueError(f"--digits {args.digits} write {args.base ** args.digits} positions, and {longest} "
+                         f"are needed: use --digits {digits_needed(longest - 1, args.base)}")
+
+
 def read_text(data):
     """--data -> training and validation text."""
-    if data == "python":
+    if data in ("python", "recall"):
         # Whole files; those whose name has a checksum that ends in 0 are for validation.
         text = {True: "", False: ""}
         for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -128,23 +150,24 @@ def read_text(data):
     except UnicodeDecodeError:
         raise ValueError(f"--data {data}: not a UTF-8 text file") from None
     except OSError as error:
-        raise ValueError(f"--data {data}: {error.strerror}; give python, shakespeare or a file") from None
+        raise ValueError(f"--data {data}: {error.strerror}; give python, recall, shakespeare or a file") from None
     return text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
 
 
 class Text:
     """Next-character prediction, scored on the same last characters with more and more context."""
-    score, unit = "loss", "nats per character (perplexity)"
+    tables = {"loss": "nats per character (perplexity) with a context of"}
+    n_evaluated = 64        # windows of validation text in a score
 
-    def __init__(self, args, vocabulary=None, read=True):
+    def __init__(self, args, about=None, read=True):
         self.args = args
         train, val = read_text(args.data) if read else ("", "")
-        self.vocabulary = vocabulary or sorted(set(train + val))
+        self.about = about or sorted(set(train + val))      # what a checkpoint has to know of its data
         self.lengths = [args.block_size * 2 ** i for i in range(5)]     # of contexts: 1x to 16x
         if not read:
             return
-        if len(self.vocabulary) < 2 or min(len(train), len(val)) <= args.block_size:
-            raise ValueError(f"--data {args.data}: {len(train + val)} characters, {len(self.vocabulary)} "
+        if len(self.about) < 2 or min(len(train), len(val)) <= args.block_size:
+            raise ValueError(f"--data {args.data}: {len(train + val)} characters, {len(self.about)} "
                              f"different ones, are too few for --block-size {args.block_size}")
         self.train, self.val = self.encode(train), self.encode(val)
         if self.lengths[-1] >= len(val):
@@ -152,19 +175,17 @@ class Text:
             print(f"{len(val)} characters of validation text: scored at context lengths {self.lengths} only")
 
     def encode(self, text):
-        if unknown := set(text) - set(self.vocabulary):
+        if unknown := set(text) - set(self.about):
             raise ValueError(f"characters outside the vocabulary: {''.join(sorted(unknown))!r}")
-        index = {c: i for i, c in enumerate(self.vocabulary)}
+        index = {c: i for i, c in enumerate(self.about)}
         return torch.tensor([index[c] for c in text])
 
     def model(self, pe):
-        args, longest = self.args, self.lengths[-1]
-        if pe == "seqpe" and longest > args.base ** args.digits:
-            raise ValueError(f"--digits {args.digits} write {args.base ** args.digits} positions, too few for "
-                             f"contexts of {longest}: use --digits {digits_needed(longest - 1, args.base)}")
+        args = self.args
+        check_digits(pe, self.lengths[-1], args)
         return GPT(GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, pe=pe,
                              fusion=args.fusion, n_digits=args.digits, base=args.base, pe_width=args.pe_width,
-                             block_size=args.block_size, vocab_size=len(self.vocabulary)))
+                             spread=args.spread, block_size=args.block_size, vocab_size=len(self.about)))
 
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
@@ -173,43 +194,132 @@ class Text:
         return self.train[start + torch.arange(T + 1)]
 
     def loss(self, model, batch, positions=None):
+        """positions: (B, T, 1) or None."""
         batch = batch.to(self.args.device)
         return model(batch[:, :-1], batch[:, 1:], None if positions is None else positions.squeeze(-1))[1]
 
     def windows(self, T):
-        """(N_EVALUATED, T + 1) characters of validation text, which end at the same places for every T."""
-        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), N_EVALUATED, dtype=torch.float64).long()
+        """(n_evaluated, T + 1) characters of validation text, which end at the same places for every T."""
+        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), self.n_evaluated, dtype=torch.float64).long()
         return self.val[ends.unsqueeze(1) + torch.arange(-T - 1, 0)]
 
     @torch.no_grad()
-    def validate(self, model):
-        return self.loss(model, self.windows(self.args.block_size)).item()
+    def predict(self, model, text):
+        """The logits (N, L, vocab_size) of the last L = block_size characters of text (N, T + 1)."""
+        batches = text[:, :-1].to(self.args.device).split(max(1, 16384 // text.size(1)))
+        # The table has nothing to say beyond its last position: it is stretched.
+        stretch = model.config.pe == "learned"
+        return torch.cat([model(b, interpolate=stretch)[0][:, -self.args.block_size:] for b in batches]).cpu()
 
-    @torch.no_grad()
+    def validate(self, model):
+        text = self.windows(self.args.block_size)
+        return F.cross_entropy(self.predict(model, text).flatten(0, 1), text[:, 1:].flatten()).item()
+
     def evaluate(self, model):
-        """{context length: loss on the last block_size characters, in nats per character}."""
+        """{"loss": {context length: loss on the last block_size characters, in nats per character}}."""
         losses, L = {}, self.args.block_size
         for T in self.lengths:
-            batches = self.windows(T).to(self.args.device).split(max(1, 16384 // T))
-            # The table has nothing to say beyond its last position: it is stretched.
-            logits = [model(b[:, :-1], interpolate=model.config.pe == "learned")[0][:, -L:] for b in batches]
-            targets = [b[:, -L:] for b in batches]
-            losses[T] = F.cross_entropy(torch.cat(logits).flatten(0, 1), torch.cat(targets).flatten()).item()
-        return losses
+            text = self.windows(T)
+            logits = self.predict(model, text)
+            losses[T] = F.cross_entropy(logits.flatten(0, 1), text[:, -L:].flatten()).item()
+        return {"loss": losses}
 
     def format(self, loss):
         return f"{loss:.3f} ({math.exp(loss):.2f})"
 
     def show(self, model):
         """A sample longer than the training context, where the encoding can, and SeqPE's picture."""
-        prompt = self.args.sample or ("\n" if "\n" in self.vocabulary else self.vocabulary[0])
+        prompt = self.args.sample or ("\n" if "\n" in self.about else self.about[0])
         longest = min(2 * self.args.block_size, model.pe.max_position or math.inf)
         idx = self.encode(prompt).unsqueeze(0).to(self.args.device)
         generator = torch.Generator(self.args.device).manual_seed(self.args.seed)
         idx = model.generate(idx, max(0, longest - len(prompt)), 0.8, top_k=20, generator=generator)
-        print("\n" + "".join(self.vocabulary[i] for i in idx[0].tolist()))
+        print("\n" + "".join(self.about[i] for i in idx[0].tolist()))
         if model.encoder:
             print("\n" + heat_map(model.encoder))
+
+
+class Recall(Text):
+    """Records such as @ab=731 in real text; at its end their keys are asked for again, in another order."""
+    tables = {"exact_match": "% of answers right with a context of",
+              "exact_match_by_distance": "% right in the longest context, the record at most this far back"}
+    n_evaluated = 256
+    size, n_records = len("@ab=731"), 3
+    questions = torch.arange(-n_records * size, 0).view(n_records, size)    # where they are, from the end
+    answers = questions[:, -3:]
+
+    def __init__(self, args, about=None, read=True):
+        if args.block_size < 2 * self.questions.numel():
+            raise ValueError(f"--data recall needs a --block-size of at least {2 * self.questions.numel()}")
+        super().__init__(args, about, read)
+
+    def ask(self, text, generator, n_different=n_records):
+        """Write records over text (B, T + 1) at random places, and the same in another order over its end.
+
+        n_different, an integer or (B, 1): how many of the records are, the others repeat them.
+        """
+        B, n, size = len(text), self.n_records, self.size
+        letters, digits, at, equals = map(self.encode, (string.ascii_lowercase, string.digits, "@", "="))
+        key = torch.rand(B, 26 * 26, generator=generator).topk(n).indices                   # distinct
+        value = torch.randint(1000, (B, n), generator=generator)
+        records = torch.stack([at.expand(B, n), letters[key // 26], letters[key % 26], equals.expand(B, n),
+                               digits[value // 100], digits[value // 10 % 10], digits[value % 10]], dim=-1)
+        which = torch.arange(n).expand(B, n) % n_different
+        records = records.gather(1, which.unsqueeze(-1).expand_as(records))
+        # Sorted places in a text without the records become places that do not overlap in one with them.
+        place = torch.randint(text.size(1) - 2 * n * size + 1, (B, n), generator=generator).sort().values
+        place = (place + size * torch.arange(n)).unsqueeze(-1) + torch.arange(size)         # (B, n, size)
+        text = text.scatter(1, place.flatten(1), records.flatten(1))
+        order = torch.rand(B, n, 1, generator=generator).argsort(1).expand_as(records)
+        text[:, self.questions] = records.gather(1, order)
+        return text
+
+    def batch(self, generator):
+        # Copying is learned from texts with a record that is repeated, finding the right one from the others.
+        n_different = torch.randint(1, self.n_records + 1, (self.args.batch_size, 1), generator=generator)
+        return self.ask(super().batch(generator), generator, n_different)
+
+    def loss(self, model, batch, positions=None):
+        """That of the answers and the language model's: an answer's character counts 15 times any other's."""
+        batch = batch.to(self.args.device)
+        logits, loss = model(batch[:, :-1], batch[:, 1:], None if positions is None else positions.squeeze(-1))
+        answers = F.cross_entropy(logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten())
+        return answers + loss
+
+    def windows(self, T):
+        return self.ask(super().windows(T), torch.Generator().manual_seed(T))
+
+    def right(self, model, text):
+        """Which answers greedy decoding gets right, all three digits: (N, n_records).
+
+        All of the text is read at once: the likeliest digit after right ones is what decoding would write.
+        """
+        logits = self.predict(model, text)
+        return (logits[:, self.answers].argmax(-1) == text[:, self.answers]).all(-1).float() * 100
+
+    def validate(self, model):
+        return self.right(model, self.windows(self.args.block_size)).mean().item()
+
+    def evaluate(self, model):
+        scores = {}
+        for T in self.lengths:
+            text = self.windows(T)
+            right = self.right(model, text)
+            scores[T] = right.mean().item()
+        # How far back the records of the longest context stood, which is where their keys first occur.
+        keys = text[:, self.questions[:, :4]]                                       # (N, n_records, 4)
+        found = (text.unfold(1, 4, 1).unsqueeze(1) == keys.unsqueeze(2)).all(-1)    # (N, n_records, T - 2)
+        distance = text.size(1) + self.questions[:, 0] - found.int().argmax(-1)     # (N, n_records)
+        bin = torch.bucketize(distance, torch.tensor(self.lengths))
+        by_distance = {T: right[bin == i].mean().item() for i, T in enumerate(self.lengths) if (bin == i).any()}
+        return {"exact_match": scores, "exact_match_by_distance": by_distance}
+
+    def format(self, percent):
+        return f"{percent:.1f}"
+
+
+def text_task(args, about=None, read=True):
+    return (Recall if args.data == "recall" else Text)(args, about, read)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,9 +398,14 @@ def training_loss(task, model, forward, data, step, warmup, args):
         return position_regularizers(encoder, shape, float(weights[0] > 0), weights[1], n_groups=16)
     positions = None
     if encoder and torch.rand(()) < args.shift_prob:
-        # Eight windows, each at a random place, for the sequences to share.
-        start = [torch.randint(encoder.max_position - size + 1, (8,)) for size in shape]
-        positions = window(shape, torch.stack(start, dim=-1)[torch.arange(args.batch_size) % 8])
+        # Eight windows for the sequences to share, each at a random place. With --skip-prob a part of it lies
+        # further on, so that training sees distances longer than its windows (PoSE, Zhu et al. 2024).
+        places, n_dim = window(shape), len(shape)                                               # (T, n_dim)
+        room = encoder.max_position - torch.tensor(shape)
+        start = (torch.rand(8, 1, n_dim) * (room + 1)).long()
+        skip = (torch.rand(8, 1, n_dim) * (room - start + 1)).long() * (torch.rand(8, 1, 1) < args.skip_prob)
+        skips = places >= torch.rand(8, 1, n_dim) * torch.tensor(shape)
+        positions = (places + start + skip * skips)[torch.arange(args.batch_size) % 8]          # (B, T, n_dim)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(forward, task.batch(data), positions)
     return loss + position_regularizers(encoder, shape, *weights) if encoder else loss
@@ -327,7 +442,7 @@ def train(task, run, args, stop):
                   "cuda": torch.cuda.get_rng_state_all() if args.device == "cuda" else []}
         buffer = io.BytesIO()
         torch.save(dict(settings=run.settings, step=step + 1, model=model.state_dict(), random=random,
-                        optimizer=optimizer.state_dict(), vocabulary=task.vocabulary), buffer)
+                        optimizer=optimizer.state_dict(), about=task.about), buffer)
         write_file(path, buffer.getvalue())
 
     forward, shown, step = torch.compile(model) if args.compile else model, {}, first - 1
@@ -365,16 +480,20 @@ def train(task, run, args, stop):
 # What is shown at the end
 
 
-def table(task, rows):
-    """rows {name: {length: score}} as text, a small chart at the end of each."""
-    scores = [score for row in rows.values() for score in row.values()]
-    low, high = min(scores), max(scores)
-    lengths = "".join(f"{length:>15}" for length in next(iter(rows.values())))
-    lines = [f"{task.unit} with a context of", " " * 12 + lengths]
-    for name, row in rows.items():
-        cells = "".join(f"{task.format(score):>15}" for score in row.values())
-        bars = (round(7 * (score - low) / (high - low or 1)) for score in row.values())
-        lines.append(f"{name:<12}{cells}   " + "".join("▁▂▃▄▅▆▇█"[bar] * 2 for bar in bars))
+def table(task, results):
+    """results {encoding: {table: {column: score}}} as text, a small chart at the end of each row."""
+    lines = []
+    for key, title in task.tables.items():
+        rows = {name: tables[key] for name, tables in results.items()}
+        scores = [score for row in rows.values() for score in row.values()]
+        low, high = min(scores), max(scores)
+        columns = "".join(f"{column:>15}" for column in next(iter(rows.values())))
+        lines += [title, " " * 12 + columns]
+        for name, row in rows.items():
+            cells = "".join(f"{task.format(score):>15}" for score in row.values())
+            bars = (round(7 * (score - low) / (high - low or 1)) for score in row.values())
+            lines.append(f"{name:<12}{cells}   " + "".join("▁▂▃▄▅▆▇█"[bar] * 2 for bar in bars))
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -398,23 +517,25 @@ def heat_map(encoder, size=32):
 
 
 def run_all(make_task, args):
-    """Train each encoding of args.pe, or look at args.load; returns {encoding: {length: score}}."""
+    """Train each encoding of args.pe, or look at args.load; returns {encoding: {table: {column: score}}}."""
     torch.set_float32_matmul_precision("high")      # TF32 on CUDA
     torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
     if args.load:
         checkpoint = load_checkpoint(args.load)
+        if checkpoint["settings"].keys() - vars(args).keys():
+            raise ValueError(f"{args.load}: a checkpoint of another script, or another version of this one")
         vars(args).update(checkpoint["settings"])
-        task = make_task(args, checkpoint["vocabulary"], read=args.eval)
+        task = make_task(args, checkpoint["about"], read=args.eval)
         model = task.model(args.pe).to(args.device)
         restore(model, checkpoint)
-        rows = {args.pe: task.evaluate(model)} if args.eval else {}
+        results = {args.pe: task.evaluate(model)} if args.eval else {}
         if args.eval:
-            print(table(task, rows))
+            print(table(task, results))
         task.show(model)
-        return rows
+        return results
 
     args.out.mkdir(parents=True, exist_ok=True)
-    task, rows, stop = make_task(args), {}, []
+    task, results, stop = make_task(args), {}, []
     for pe in args.pe:
         task.model(pe)      # what is wrong with any of them is said before the first is trained
 
@@ -425,25 +546,107 @@ def run_all(make_task, args):
     before = signal.signal(signal.SIGINT, on_interrupt)
     for run in [Run(pe, args) for pe in args.pe]:
         if args.resume and run.record.exists():
-            rows[run.pe] = {int(T): v for T, v in json.loads(run.record.read_text())[task.score].items()}
+            tables = json.loads(run.record.read_text())["results"]
+            results[run.pe] = {key: {int(column): score for column, score in row.items()}
+                               for key, row in tables.items()}
             print(f"{run.record} is finished")
             continue
         began = time.time()
         model = train(task, run, args, stop)
         if model is None:
             break
-        rows[run.pe] = task.evaluate(model)
+        results[run.pe] = task.evaluate(model)
         print(f"{'replacing' if run.record.exists() else 'writing'} {run.record}")
         record = {"pe": run.pe, "data": args.data, "seed": args.seed, "device": args.device,
-                  "arguments": run.settings, "seconds": round(time.time() - began), task.score: rows[run.pe]}
+                  "arguments": run.settings, "seconds": round(time.time() - began),
+                  "results": results[run.pe]}
         write_file(run.record, json.dumps(record, indent=1).encode())
         task.show(model)
     signal.signal(signal.SIGINT, before)
-    if rows:
-        print("\n" + table(task, rows))
+    if results:
+        print("\n" + table(task, results))
     if stop:
         sys.exit(130)
-    return rows
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speed and memory
+
+
+def jobs(pe, args):
+    """What --bench measures of an encoding: {name: function}."""
+    task = Text(args, about=[chr(i) for i in range(128)], read=False)
+    task.batch = lambda generator: torch.randint(128, (args.batch_size, args.block_size + 1))
+    model = task.model(pe).to(args.device)
+    optimizer, encoder, shape = model.configure_optimizers(args.lr), model.encoder, model.window
+
+    def step():
+        training_loss(task, model, model, None, 0, 0, args).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def read(T):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            model(torch.zeros(1, T, dtype=torch.long, device=args.device), interpolate=pe == "learned")
+
+    def sample():
+        sample_groups(4, 32, 1, args.digits, args.base, device=args.device)
+        sample_windows(shape, 32, 4, encoder.max_position, device=args.device)
+
+    found = {"step": step, "its regularisers": lambda: position_regularizers(encoder, shape).backward(),
+             "their sampling": sample, "encoder": lambda: encoder(window(shape)).sum().backward()}
+    found = found if encoder else {"step": step}
+    return found | {f"read {T}": partial(read, T) for T in (args.block_size * 2 ** i for i in range(7))}
+
+
+def milliseconds(work, device):
+    if device != "cuda":
+        began = time.perf_counter()
+        work()
+        return 1000 * (time.perf_counter() - began)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_memory(pe, name, args):
+    """MiB that a job takes in a fresh process, on the GPU or (Linux) resident."""
+    def resident(key):
+        return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    work, cuda = jobs(pe, args)[name], args.device == "cuda"
+    before = 0 if cuda else resident("VmRSS")
+    work()
+    return torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else resident("VmHWM") - before
+
+
+def bench(args, n_rounds=10):
+    """Median times and peak memory of the encodings, with ratios to rope's: {measure: {encoding: value}}."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.digits = max(args.digits, digits_needed(64 * args.block_size - 1, args.base))
+    works = [(pe, name, work) for pe in args.pe for name, work in jobs(pe, args).items()]
+    found = {}
+    for _ in tqdm(range(n_rounds + 1), desc="time"):    # round by round: a drifting machine favours none
+        for pe, name, work in works:
+            found.setdefault(f"{name}, ms", {}).setdefault(pe, []).append(milliseconds(work, args.device))
+    found = {name: {pe: statistics.median(times[1:]) for pe, times in row.items()}
+             for name, row in found.items()}
+    for pe, name, _ in tqdm(works, desc="memory"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            found.setdefault(f"{name}, MiB", {})[pe] = fresh.submit(peak_memory, pe, name, args).result()
+    print(" " * 24 + "".join(f"{pe:>18}" for pe in args.pe))
+    for name, row in found.items():
+        ratios = {pe: f" ({value / row['rope']:.2f}x)" if row.get("rope") else "" for pe, value in row.items()}
+        cells = [f"{row[pe]:.1f}{ratios[pe]}" if pe in row else "" for pe in args.pe]
+        print(f"{name:<24}" + "".join(f"{cell:>18}" for cell in cells))
+    record = {"device": args.device, "results": found}
+    write_file(args.out / "bench.json", json.dumps(record, indent=1).encode())
+    return found
 
 
 def run_script(main):
@@ -458,10 +661,14 @@ def run_script(main):
 
 def main(argv=None):
     parser = Parser(__doc__, ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"])
-    parser.add_argument("--data", default="python", help="python, shakespeare, or a text file")
+    parser.add_argument("--data", default="python", help="python, recall, shakespeare, or a text file")
     parser.add_argument("--block-size", type=at_least(1), default=128, help="training length, in characters")
     parser.add_argument("--sample", metavar="PROMPT", help="text to go on from at the end")
-    return run_all(Text, parser.parse_args(argv))
+    parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of training")
+    args = parser.parse(argv, PRESETS)
+    if args.bench:
+        return bench(args)
+    return run_all(text_task, args)
 
 
 if __name__ == "__main__":
