@@ -35,7 +35,7 @@ from tqdm import tqdm
 from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, sample_groups,
                    sample_windows, window)
 
-PRESETS = {"recall": dict(steps=2000)}
+PRESETS = {"recall": dict(steps=2000, lr=1e-3, spread=8.0, skip_prob=0.5)}
 CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "about")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile", "bench")   # same run
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
                 ("n-embd", at_least(1), 128, "width of the model"),
                 ("steps", at_least(1), 800, "training steps"),
                 ("batch-size", at_least(1), 32, "sequences in a step"),
-                ("lr", at_least(0, float), 3e-3, "peak learning rate"),
+                ("lr", at_least(0, float), 3e-3, "peak learning rate after the warm-up"),
                 ("seed", int, 0, "seed of everything random"),
                 ("device", pick_device, "auto", "cuda, mps or cpu; auto takes the first there is"),
                 ("out", Path, "out", "folder of checkpoints and results")):
@@ -383,9 +383,9 @@ def restore(model, checkpoint):
 
 
 def learning_rate(step, warmup, args, of_encoder):
-    """In the encoder's warm-up it falls to 0; then up in 5 % of the steps, by a cosine down to a tenth."""
+    """First 3e-3 falling to 0 for the encoder alone; then up in 5 % of the steps, by a cosine to a tenth."""
     if step < warmup:
-        return args.lr * (1 - step / warmup) if of_encoder else 0.0
+        return 3e-3 * (1 - step / warmup) if of_encoder else 0.0
     done = (step - warmup) / args.steps
     return args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
 
