@@ -35,7 +35,7 @@ from tqdm import tqdm
 from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, sample_groups,
                    sample_windows, window)
 
-PRESETS = {"recall": dict(steps=2000, lr=1e-3, spread=8.0, skip_prob=0.5)}
+PRESETS = {"recall": dict(steps=1200, lr=1e-3, spread=8.0, skip_prob=0.5)}
 CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "about")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile", "bench")   # same run
