@@ -256,28 +256,25 @@ class SeqPE(nn.Module):
 def sample_hard_negatives(pivots, n_samples, n_digits, base=10, generator=None):
     """Positions written much like the pivot: (P, n_dim) -> (P, n_samples, n_dim).
 
-    1 to 3 random edits of its digits. An edit inserts a digit (the leading one drops out), deletes one (a
+    1 to 3 random edits of its K digits. An edit inserts a digit (the leading one drops out), deletes one (a
     zero moves in at the front), swaps two neighbours or replaces one, so every result can be written.
     """
-    insert, delete, swap, replace = range(4)
     digits = position_to_digits(pivots, n_digits, base, check=False).unsqueeze(1).repeat(1, n_samples, 1)
-    K, device = digits.size(-1), pivots.device              # digits: (P, n_samples, K)
-    places = torch.arange(K, device=device)
+    K, device = digits.size(-1), pivots.device
+    keep, new, zero = list(range(K)), [K], [K + 1]          # which of its K digits, a new one, a zero
+    edits = torch.tensor([[keep[1:at + 1] + new + keep[at + 1:],                    # insert
+                           zero + keep[:at] + keep[at + 1:],                        # delete
+                           keep[:at] + keep[at:at + 2][::-1] + keep[at + 2:],       # swap
+                           keep[:at] + new + keep[at + 1:]] for at in keep], device=device)     # replace
 
     def draw(high):
         return torch.randint(high, (*digits.shape[:-1], 1), generator=generator, device=device)
 
     n_edits = draw(3)
-    for edit in range(3):
-        kind, at, new = draw(4), draw(K), draw(base)
-        source = torch.where((kind == insert) & (places < at), places + 1, places)  # where a digit comes from
-        source = torch.where((kind == delete) & (places <= at), places - 1, source)
-        source = torch.where((kind == swap) & (places == at), at + 1, source)
-        source = torch.where((kind == swap) & (places == at + 1), at, source)
-        edited = digits.gather(-1, source.clamp(0, K - 1))
-        edited = torch.where((kind == delete) & (places == 0), 0, edited)
-        edited = torch.where(((kind == insert) | (kind == replace)) & (places == at), new, edited)
-        digits = torch.where(edit <= n_edits, edited, digits)
+    for i in range(3):
+        which, at = draw(4).squeeze(-1), draw(K).squeeze(-1)
+        choices = torch.cat([digits, draw(base), torch.zeros_like(n_edits)], dim=-1)     # (P, n_samples, K + 2)
+        digits = torch.where(i <= n_edits, choices.gather(-1, edits[at, which]), digits)
     return digits_to_position(digits, n_digits, base, check=False)
 
 

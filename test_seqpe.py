@@ -1939,7 +1939,8 @@ def test_bench_measures_every_encoding(tmp_path, monkeypatch, capsys):
         for name in ("step", *(f"read {8 * 2 ** i}" for i in range(7))):
             assert set(found[f"{name}, {unit}"]) == {"seqpe", "rope"} and f"{name}, {unit}" in printed
             assert all(value >= 0 for value in found[f"{name}, {unit}"].values())
-        assert set(found[f"their sampling, {unit}"]) == {"seqpe"}
+    assert set(found["of it sampling, ms"]) == {"seqpe"} and "%)" in printed
+    assert found["step, characters/s"]["rope"] == 1000 * 4 * 8 / found["step, ms"]["rope"]
     assert "1.00x" in printed
 
 

@@ -236,7 +236,7 @@ class Text:
         idx = model.generate(idx, max(0, longest - len(prompt)), 0.8, top_k=20, generator=generator)
         print("\n" + "".join(self.about[i] for i in idx[0].tolist()))
         if model.encoder:
-            print("\n" + heat_map(model.encoder))
+            print(f"\nafter training\n{heat_map(model.encoder)}")
 
 
 class Recall(Text):
@@ -436,6 +436,8 @@ def train(task, run, args, stop):
         kept = load_checkpoint(run.progress)["step"]
         print(f"{run.progress} holds step {kept} of this command, and will until this run is further; "
               "--resume would go on from there")
+    if model.encoder and first == 0:
+        print(f"before training\n{heat_map(model.encoder)}\n")
 
     def save(path):
         random = {"torch": torch.get_rng_state(), "data": data.get_state(),
@@ -595,9 +597,11 @@ def jobs(pe, args):
         sample_groups(4, 32, 1, args.digits, args.base, device=args.device)
         sample_windows(shape, 32, 4, encoder.max_position, device=args.device)
 
-    found = {"step": step, "its regularisers": lambda: position_regularizers(encoder, shape).backward(),
-             "their sampling": sample, "encoder": lambda: encoder(window(shape)).sum().backward()}
-    found = found if encoder else {"step": step}
+    found = {"step": step}
+    if encoder:
+        found |= {"of it a window": lambda: encoder(window(shape)).sum().backward(),
+                  "of it regularisers": lambda: position_regularizers(encoder, shape).backward(),
+                  "of it sampling": sample}
     return found | {f"read {T}": partial(read, T) for T in (args.block_size * 2 ** i for i in range(7))}
 
 
@@ -625,8 +629,11 @@ def peak_memory(pe, name, args):
     return torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else resident("VmHWM") - before
 
 
-def bench(args, n_rounds=10):
-    """Median times and peak memory of the encodings, with ratios to rope's: {measure: {encoding: value}}."""
+def bench(args, n_rounds=5):
+    """Median times and peak memory of the encodings, with ratios to rope's: {measure: {encoding: value}}.
+
+    The parts of SeqPE's step come with their share of it, reading with its time and memory at each length.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     args.digits = max(args.digits, digits_needed(64 * args.block_size - 1, args.base))
     works = [(pe, name, work) for pe in args.pe for name, work in jobs(pe, args).items()]
@@ -636,13 +643,17 @@ def bench(args, n_rounds=10):
             found.setdefault(f"{name}, ms", {}).setdefault(pe, []).append(milliseconds(work, args.device))
     found = {name: {pe: statistics.median(times[1:]) for pe, times in row.items()}
              for name, row in found.items()}
-    for pe, name, _ in tqdm(works, desc="memory"):
+    found["step, characters/s"] = {pe: 1000 * args.batch_size * args.block_size / step
+                                   for pe, step in found["step, ms"].items()}
+    for pe, name, _ in tqdm([work for work in works if "of it" not in work[1]], desc="memory"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             found.setdefault(f"{name}, MiB", {})[pe] = fresh.submit(peak_memory, pe, name, args).result()
     print(" " * 24 + "".join(f"{pe:>18}" for pe in args.pe))
     for name, row in found.items():
-        ratios = {pe: f" ({value / row['rope']:.2f}x)" if row.get("rope") else "" for pe, value in row.items()}
-        cells = [f"{row[pe]:.1f}{ratios[pe]}" if pe in row else "" for pe in args.pe]
+        compared = {pe: f" ({value / row['rope']:.2f}x)" if row.get("rope") else "" for pe, value in row.items()}
+        if name.startswith("of it") and name.endswith("ms"):
+            compared = {pe: f" ({value / found['step, ms'][pe]:.1%})" for pe, value in row.items()}
+        cells = [f"{row[pe]:.1f}{compared[pe]}" if pe in row else "" for pe in args.pe]
         print(f"{name:<24}" + "".join(f"{cell:>18}" for cell in cells))
     record = {"device": args.device, "results": found}
     write_file(args.out / "bench.json", json.dumps(record, indent=1).encode())

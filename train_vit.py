@@ -158,7 +158,7 @@ class Images:
 
     def show(self, model):
         if model.encoder:
-            print("\n" + heat_map(model.encoder))
+            print(f"\nafter training\n{heat_map(model.encoder)}")
 
 
 def main(argv=None):
