@@ -202,7 +202,8 @@ class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
     n_head: heads of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position,
-    each from 0 to max_position - 1, where max_position = base ** n_digits. width: of the encoder; n_embd / 2.
+    each from 0 to max_position - 1, where max_position = base ** n_digits. width: of the encoder, n_embd / 2
+    unless given.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, n_digits=4, base=10, width=None, dropout=0.0):
@@ -273,7 +274,7 @@ def sample_hard_negatives(pivots, n_samples, n_digits, base=10, generator=None):
     n_edits = draw(3)
     for i in range(3):
         which, at = draw(4).squeeze(-1), draw(K).squeeze(-1)
-        choices = torch.cat([digits, draw(base), torch.zeros_like(n_edits)], dim=-1)     # (P, n_samples, K + 2)
+        choices = F.pad(torch.cat([digits, draw(base)], dim=-1), (0, 1))            # (P, n_samples, K + 2)
         digits = torch.where(i <= n_edits, choices.gather(-1, edits[at, which]), digits)
     return digits_to_position(digits, n_digits, base, check=False)
 
@@ -395,7 +396,7 @@ class TransformerConfig:
     fusion: str = "scalar"      # how SeqPE's e_p enters the model, a key of FUSIONS
     n_digits: int = 4
     base: int = 10
-    pe_width: Optional[int] = None
+    pe_width: Optional[int] = None      # of SeqPE's encoder, half of n_embd unless given
     spread: float = 0.0         # of SeqPE's slopes at the start: 0 is 1 in every head, 8 as ALiBi's
 
 
@@ -414,7 +415,10 @@ class ViTConfig(TransformerConfig):
 
 
 def resize_grid(values, resize, mode_2d="bilinear"):
-    """Interpolate the values of a grid, (prod(old), C) -> (prod(new), C); resize is (old, new) or None."""
+    """Interpolate the values of a grid, (prod(old), C) -> (prod(new), C); resize is (old, new) or None.
+
+    Coordinates grow evenly, which linear interpolation keeps; embeddings of a grid are resized bicubically.
+    """
     if resize is None:
         return values
     old, new = resize
@@ -559,8 +563,8 @@ class EmbeddingPE(PositionEncoding):
         # slopes of 1 all heads begin by looking nearby, with ALiBi's some begin by looking everywhere.
         slope = 2.0 ** (-config.spread * torch.arange(n_head) / n_head)
         start = (slope * self.head_dim ** 0.5).sqrt().repeat_interleave(self.head_dim).diag()
-        for map in self.maps:
-            map.weight.data.copy_(start.repeat(2, 1))
+        for W in self.maps:
+            W.weight.data.copy_(start.repeat(2, 1))
 
     def forward(self, positions, resize=None):
         if positions.dim() == 3:    # sequences that share a window share its embeddings
@@ -574,7 +578,7 @@ class EmbeddingPE(PositionEncoding):
         n_layer, n_head = self.config.n_layer, self.config.n_head
         if self.fusion == "input":
             return [Signal(input=e)] + [Signal()] * (n_layer - 1)
-        heads = [map(e).unflatten(-1, (2, n_head, -1)).movedim(-3, 0).transpose(-3, -2) for map in self.maps]
+        heads = [W(e).unflatten(-1, (2, n_head, -1)).movedim(-3, 0).transpose(-3, -2) for W in self.maps]
         return [Signal(**{FUSIONS[self.fusion]: each}) for each in heads] * (n_layer // len(heads))
 
 

@@ -52,31 +52,32 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.encodings = encodings
         for name, kind, default, text in (
-                ("pe", self.names, "seqpe", f"a comma list of {', '.join(encodings)}; or all"),
-                ("fusion", str, "scalar", f"how SeqPE enters the model: {', '.join(FUSIONS)}"),
-                ("digits", at_least(1), 4, "digits of a position"),
-                ("base", at_least(2), 8, "base of the digits"),
-                ("pe-width", at_least(1), 64, "width of SeqPE's encoder"),
-                ("spread", at_least(0, float), 0.0, "SeqPE's heads at the start: 0 all alike, 8 as ALiBi's"),
-                ("contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
-                ("distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
-                ("shift-prob", at_least(0, float), 0.5, "share of steps with windows at random places"),
-                ("skip-prob", at_least(0, float), 0.0, "share of those with a skip to further positions"),
-                ("pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's"),
-                ("n-layer", at_least(1), 4, "layers of the model"),
-                ("n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
-                ("n-embd", at_least(1), 128, "width of the model"),
-                ("steps", at_least(1), 800, "training steps"),
-                ("batch-size", at_least(1), 32, "sequences in a step"),
-                ("lr", at_least(0, float), 3e-3, "peak learning rate after the warm-up"),
-                ("seed", int, 0, "seed of everything random"),
-                ("device", pick_device, "auto", "cuda, mps or cpu; auto takes the first there is"),
-                ("out", Path, "out", "folder of checkpoints and results")):
-            self.add_argument(f"--{name}", type=kind, default=default, help=text)
+                ("--pe", self.names, "seqpe", f"a comma list of {', '.join(encodings)}; or all"),
+                ("--fusion", str, "scalar", f"how SeqPE enters the model: {', '.join(FUSIONS)}"),
+                ("--digits", at_least(1), 4, "digits of a position"),
+                ("--base", at_least(2), 8, "base of the digits"),
+                ("--pe-width", at_least(1), 64, "width of SeqPE's encoder"),
+                ("--spread", at_least(0, float), 0.0, "SeqPE's heads at first: 0 all alike, 8 as ALiBi's"),
+                ("--contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
+                ("--distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
+                ("--shift-prob", at_least(0, float), 0.5, "share of steps with windows at random places"),
+                ("--skip-prob", at_least(0, float), 0.0, "share of those with a skip to further positions"),
+                ("--pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's"),
+                ("--n-layer", at_least(1), 4, "layers of the model"),
+                ("--n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
+                ("--n-embd", at_least(1), 128, "width of the model"),
+                ("--steps", at_least(1), 800, "training steps"),
+                ("--batch-size", at_least(1), 32, "sequences in a step"),
+                ("--lr", at_least(0, float), 3e-3, "peak learning rate after the warm-up"),
+                ("--seed", int, 0, "seed of everything random"),
+                ("--device", pick_device, "auto", "cuda, mps or cpu; auto takes the first there is"),
+                ("--out", Path, "out", "folder of checkpoints and results")):
+            self.add_argument(name, type=kind, default=default, help=text)
         self.add_argument("--load", type=Path, metavar="CHECKPOINT", help="a checkpoint to look at instead")
-        for name, text in (("eval", "with --load: print its table"), ("compile", "torch.compile the model"),
-                           ("resume", "go on with the interrupted run of the same arguments")):
-            self.add_argument(f"--{name}", action="store_true", help=text)
+        for name, text in (("--eval", "with --load: print its table"),
+                           ("--compile", "torch.compile the model"),
+                           ("--resume", "go on with the interrupted run of the same arguments")):
+            self.add_argument(name, action="store_true", help=text)
 
     def names(self, text):
         names = self.encodings if text == "all" else text.split(",")
@@ -150,7 +151,8 @@ def read_text(data):
     except UnicodeDecodeError:
         raise ValueError(f"--data {data}: not a UTF-8 text file") from None
     except OSError as error:
-        raise ValueError(f"--data {data}: {error.strerror}; give python, recall, shakespeare or a file") from None
+        raise ValueError(f"--data {data}: {error.strerror}; "
+                         "give python, recall, shakespeare or a file") from None
     return text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
 
 
@@ -200,7 +202,8 @@ class Text:
 
     def windows(self, T):
         """(n_evaluated, T + 1) characters of validation text, which end at the same places for every T."""
-        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), self.n_evaluated, dtype=torch.float64).long()
+        ends = torch.linspace(self.lengths[-1] + 1, len(self.val), self.n_evaluated,
+                              dtype=torch.float64).long()
         return self.val[ends.unsqueeze(1) + torch.arange(-T - 1, 0)]
 
     @torch.no_grad()
@@ -282,7 +285,8 @@ class Recall(Text):
     def loss(self, model, batch, positions=None):
         """That of the answers and the language model's: an answer's character counts 15 times any other's."""
         batch = batch.to(self.args.device)
-        logits, loss = model(batch[:, :-1], batch[:, 1:], None if positions is None else positions.squeeze(-1))
+        positions = None if positions is None else positions.squeeze(-1)
+        logits, loss = model(batch[:, :-1], batch[:, 1:], positions)
         answers = F.cross_entropy(logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten())
         return answers + loss
 
@@ -311,7 +315,8 @@ class Recall(Text):
         found = (text.unfold(1, 4, 1).unsqueeze(1) == keys.unsqueeze(2)).all(-1)    # (N, n_records, T - 2)
         distance = text.size(1) + self.questions[:, 0] - found.int().argmax(-1)     # (N, n_records)
         bin = torch.bucketize(distance, torch.tensor(self.lengths))
-        by_distance = {T: right[bin == i].mean().item() for i, T in enumerate(self.lengths) if (bin == i).any()}
+        by_distance = {T: right[bin == i].mean().item()
+                       for i, T in enumerate(self.lengths) if (bin == i).any()}
         return {"exact_match": scores, "exact_match_by_distance": by_distance}
 
     def format(self, percent):
@@ -405,7 +410,7 @@ def training_loss(task, model, forward, data, step, warmup, args):
         start = (torch.rand(8, 1, n_dim) * (room + 1)).long()
         skip = (torch.rand(8, 1, n_dim) * (room - start + 1)).long() * (torch.rand(8, 1, 1) < args.skip_prob)
         skips = places >= torch.rand(8, 1, n_dim) * torch.tensor(shape)
-        positions = (places + start + skip * skips)[torch.arange(args.batch_size) % 8]          # (B, T, n_dim)
+        positions = (places + start + skip * skips)[torch.arange(args.batch_size) % 8]     # (B, T, n_dim)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(forward, task.batch(data), positions)
     return loss + position_regularizers(encoder, shape, *weights) if encoder else loss
@@ -632,7 +637,7 @@ def peak_memory(pe, name, args):
 def bench(args, n_rounds=5):
     """Median times and peak memory of the encodings, with ratios to rope's: {measure: {encoding: value}}.
 
-    The parts of SeqPE's step come with their share of it, reading with its time and memory at each length.
+    "of it" stands before parts of SeqPE's step, which come as shares of it and have no memory of their own.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     args.digits = max(args.digits, digits_needed(64 * args.block_size - 1, args.base))
@@ -650,10 +655,12 @@ def bench(args, n_rounds=5):
             found.setdefault(f"{name}, MiB", {})[pe] = fresh.submit(peak_memory, pe, name, args).result()
     print(" " * 24 + "".join(f"{pe:>18}" for pe in args.pe))
     for name, row in found.items():
-        compared = {pe: f" ({value / row['rope']:.2f}x)" if row.get("rope") else "" for pe, value in row.items()}
-        if name.startswith("of it") and name.endswith("ms"):
+        compared = {}
+        if name.startswith("of it"):
             compared = {pe: f" ({value / found['step, ms'][pe]:.1%})" for pe, value in row.items()}
-        cells = [f"{row[pe]:.1f}{compared[pe]}" if pe in row else "" for pe in args.pe]
+        elif row.get("rope"):
+            compared = {pe: f" ({value / row['rope']:.2f}x)" for pe, value in row.items()}
+        cells = [f"{row[pe]:.1f}{compared.get(pe, '')}" if pe in row else "" for pe in args.pe]
         print(f"{name:<24}" + "".join(f"{cell:>18}" for cell in cells))
     record = {"device": args.device, "results": found}
     write_file(args.out / "bench.json", json.dumps(record, indent=1).encode())

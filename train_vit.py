@@ -35,7 +35,8 @@ def read_images(data):
     """--data -> images (N, channels, height, width) as uint8, labels (N,), and which ones are the test's."""
     if data == "digits":
         path = HERE / "data" / "digits.csv.gz"
-        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))   # 64 pixels of 0 to 16, label
+        # 64 pixels of 0 to 16, then the label
+        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
         return table[:, :64].view(-1, 1, 8, 8) * 15, table[:, 64].long(), None
     if data == "cifar10":
         path = download(CIFAR10, HERE / "data" / "cifar-10-binary.tar.gz",
@@ -44,7 +45,8 @@ def read_images(data):
             files = sorted(name for name in archive.getnames() if name.endswith(".bin"))
             parts = [np.frombuffer(archive.extractfile(name).read(), np.uint8) for name in files]
         table = torch.from_numpy(np.concatenate(parts)).view(-1, 1 + 3 * 32 * 32)   # label, pixels
-        is_test = torch.arange(len(table)) >= len(table) * 5 // 6   # five training batches, then test_batch.bin
+        # Five training batches, then test_batch.bin.
+        is_test = torch.arange(len(table)) >= len(table) * 5 // 6
         return table[:, 1:].view(-1, 3, 32, 32), table[:, 0].long(), is_test
     try:
         with np.load(data, allow_pickle=False) as arrays:
@@ -55,8 +57,9 @@ def read_images(data):
     except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
         raise ValueError(f"--data {data}: not an .npz file with arrays `images` and `labels`") from None
     images = images.unsqueeze(-1) if images.dim() == 3 else images
-    if (images.dtype != torch.uint8 or images.dim() != 4 or images.size(-1) not in (1, 3) or images.numel() == 0
-            or labels.shape != images.shape[:1] or labels.is_floating_point() or labels.min() < 0):
+    if (images.dtype != torch.uint8 or images.dim() != 4 or images.size(-1) not in (1, 3)
+            or images.numel() == 0 or labels.shape != images.shape[:1]
+            or labels.is_floating_point() or labels.min() < 0):
         raise ValueError(f"--data {data}: images must be uint8 (N, height, width) or (N, height, width, 3), "
                          "labels (N,) integers from 0")
     return images.movedim(-1, 1), labels.long(), None
