@@ -77,13 +77,9 @@ def _number_of_positions(n_digits, base):
     return base ** n_digits
 
 
-def window(shape, start=None):
-    """All positions of a box, row by row: shape (T,) for text, (h, w) images, (t, h, w) video -> (T, n_dim).
-
-    start: (..., n_dim) integers, the lowest corner of each window -> (..., T, n_dim).
-    """
-    positions = torch.cartesian_prod(*(torch.arange(size) for size in shape)).view(-1, len(shape))
-    return positions if start is None else positions.to(start.device) + start.unsqueeze(-2)
+def window(shape):
+    """All positions of a box, row by row: shape (T,) for text, (h, w) for images, ... -> (T, n_dim)."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in shape)).view(-1, len(shape))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -317,31 +313,34 @@ def contrastive_loss(e, positions, n_head=1):
 
     e: (P, N, C) embeddings of P groups of positions (P, N, n_dim) -> scalar. Each position of a group takes
     its turn as the pivot p, the others are its candidates c: N times the comparisons for the same embeddings.
-    Copies of the pivot and of the nearest candidate do not count. Each head is compared by itself.
+    Copies of the pivot, and other candidates as near as the nearest, do not count. Each head is compared by
+    itself.
     """
     same = (positions.unsqueeze(-2) == positions.unsqueeze(-3)).all(-1)             # (P, N, N)
     distance = (positions.unsqueeze(-2) - positions.unsqueeze(-3)).pow(2).sum(-1)   # squared
     distance = distance.masked_fill(same, torch.iinfo(torch.int64).max)
-    nearest = distance.argmin(-1, keepdim=True)                                     # (P, N, 1)
-    copies = same.gather(1, nearest.expand_as(same)).scatter(-1, nearest, False)
+    least, nearest = distance.min(-1, keepdim=True)                                 # (P, N, 1)
+    ties = (distance == least).scatter(-1, nearest, False)
     e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                               # (P, H, N, D)
-    logits = (e @ e.transpose(-2, -1)).masked_fill((same | copies).unsqueeze(1), -math.inf)
+    logits = (e @ e.transpose(-2, -1)).masked_fill((same | ties).unsqueeze(1), -math.inf)
     return F.cross_entropy(logits.flatten(0, 2), nearest.flatten(1).repeat(1, n_head).flatten())
 
 
-def sample_windows(shape, n_samples, n_students, max_position, generator=None, device=None):
-    """m positions of the training window, and the same in S windows at random places.
+def place_windows(shape, n_windows, max_position, n_pieces=1, generator=None, device=None):
+    """Start shifting: the training window at random places, (n_windows, T, n_dim) positions.
 
-    shape: the training window, (T,) or (h, w); m is n_samples at most. Returns (m, n_dim) and (S, m, n_dim).
+    shape: the training window, (T,) or (h, w). With n_pieces > 1 each axis is cut at random into pieces, which
+    keep their order but lie further apart, so that a short window has long distances in it.
     """
-    _at_least_one(n_samples=n_samples, n_students=n_students)
     if max(shape) > max_position:
         raise ValueError(f"a window of shape {tuple(shape)} does not fit into 0 to {max_position - 1}")
-    chosen = torch.randperm(math.prod(shape), generator=generator, device=device)[:n_samples]
-    teacher = window(shape).to(chosen.device)[chosen]
-    start = [torch.randint(max_position - size + 1, (n_students, 1), generator=generator, device=device)
-             for size in shape]
-    return teacher, teacher + torch.stack(start, dim=-1)
+    draw = dict(generator=generator, device=device)
+    offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, n_pieces), **draw).sort().values
+                           for size in shape], dim=-1)                          # (n_windows, n_pieces, n_dim)
+    places = window(shape).to(offsets.device)                                           # (T, n_dim)
+    cuts = torch.rand(n_windows, 1, n_pieces - 1, len(shape), **draw) * places.amax(0).add(1)
+    piece = (places.unsqueeze(1) >= cuts).sum(2)                                # (n_windows, T, n_dim)
+    return places + offsets.gather(1, piece)
 
 
 def distillation_loss(e_teacher, e_students, n_head):
@@ -368,6 +367,7 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     """
     if len(shape) != encoder.n_dim:
         raise ValueError(f"a window of shape {tuple(shape)} is not of the encoder's n_dim={encoder.n_dim}")
+    _at_least_one(n_students=n_students, n_samples=n_samples)
     loss = torch.zeros((), device=encoder.cls.device)
     draw = dict(generator=generator, device=loss.device)
     if contrastive_weight:
@@ -375,8 +375,10 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
         e = encoder(groups, check=False)
         loss = loss + contrastive_weight * contrastive_loss(e, groups, encoder.n_head)
     if distill_weight:
-        teacher, students = sample_windows(shape, n_samples, n_students, encoder.max_position, **draw)
-        e = encoder(torch.cat([teacher.unsqueeze(0), students]), check=False)       # one call for both
+        students = place_windows(shape, n_students, encoder.max_position, **draw)       # (S, T, n_dim)
+        teacher = window(shape).to(students.device).unsqueeze(0)
+        chosen = torch.randperm(students.size(1), **draw)[:n_samples]
+        e = encoder(torch.cat([teacher, students])[:, chosen], check=False)             # (1 + S, m, C)
         loss = loss + distill_weight * distillation_loss(e[0], e[1:], encoder.n_head)
     return loss
 

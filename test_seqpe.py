@@ -36,8 +36,8 @@ import train_lm
 import train_vit
 from seqpe import (ENCODINGS, FUSIONS, GPT, Attention, Block, GPTConfig, LearnedTable, SeqPE, Signal,
                    Sinusoid, ViT, ViTConfig, contrastive_loss, digits_needed, digits_to_position,
-                   distillation_loss, position_regularizers, position_to_digits, resize_grid,
-                   sample_groups, sample_hard_negatives, sample_windows, window)
+                   distillation_loss, place_windows, position_regularizers, position_to_digits,
+                   resize_grid, sample_groups, sample_hard_negatives, window)
 
 BOTH = ["seqpe-scalar", "seqpe-mul", "seqpe-add", "seqpe-input", "rope", "sinusoidal", "learned", "nope"]
 TEXT, IMAGE = [*BOTH, "alibi"], [*BOTH, "rope_mixed"]
@@ -167,15 +167,6 @@ def test_digits_needed(base):
 def test_window_is_row_major(shape):
     slow = list(itertools.product(*map(range, shape)))
     assert list(map(tuple, window(shape).tolist())) == slow
-    lead = (2, 3)
-    start = torch.randint(100, (*lead, len(shape)), generator=seeded())
-    windows = window(shape, start)
-    assert windows.shape == (*lead, len(slow), len(shape))
-    for a, b in itertools.product(*map(range, lead)):
-        corner = start[a, b].tolist()
-        moved = [tuple(c + p for c, p in zip(corner, position)) for position in slow]
-        assert list(map(tuple, windows[a, b].tolist())) == moved
-        assert window(shape, start[a, b]).equal(windows[a, b])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,37 +395,50 @@ def test_each_way_draws_what_it_says():
     assert (extent <= 64).double().mean() == pytest.approx(0.7 * 0.6, abs=0.04)
 
 
-@pytest.mark.parametrize("shape, n_samples", [((16,), 5), ((3, 4), 32), ((2, 3, 2), 7)])
-def test_windows_are_moved_as_a_whole(shape, n_samples):
+@pytest.mark.parametrize("shape", [(16,), (3, 4), (2, 3, 2)])
+def test_windows_are_moved_as_a_whole(shape):
     max_position = 20
-    teacher, students = sample_windows(shape, n_samples, 300, max_position, seeded())
-    m = min(n_samples, math.prod(shape))
-    assert teacher.shape == (m, len(shape)) and students.shape == (300, m, len(shape))
-    assert len(set(map(tuple, teacher.tolist()))) == m
-    assert (teacher >= 0).all() and (teacher < torch.tensor(shape)).all()
-    start = students - teacher
-    assert (start == start[:, :1]).all()                            # one translation for each student
+    windows = place_windows(shape, 300, max_position, generator=seeded())
+    assert windows.shape == (300, math.prod(shape), len(shape))
+    start = windows - window(shape)
+    assert (start == start[:, :1]).all()                            # one translation for each window
     assert start.amin((0, 1)).tolist() == [0] * len(shape)          # from the first place the window fits ...
     assert start.amax((0, 1)).tolist() == [max_position - size for size in shape]   # ... to the last
     if len(shape) > 1:
         assert not (start[:, 0, 0] == start[:, 0, 1]).all()
 
 
-def test_every_position_of_the_window_gets_to_be_a_teacher():
-    counts = Counter(p for seed in range(100)
-                     for p in sample_windows((16,), 4, 1, 100, seeded(seed))[0].flatten().tolist())
-    assert sorted(counts) == list(range(16))
+@pytest.mark.parametrize("shape", [(16,), (6, 8)])
+@pytest.mark.parametrize("n_pieces", [2, 4])
+def test_windows_come_in_pieces(shape, n_pieces):
+    """Along each axis the offset is a staircase: up to n_pieces values, none below the one before."""
+    windows = place_windows(shape, 400, 1000, n_pieces, generator=seeded())
+    assert windows.min() == 0 and windows.max() > 990
+    gaps = []
+    for axis, size in enumerate(shape):
+        places = window(shape)[:, axis]
+        found = Counter()
+        for offset in (windows - window(shape))[..., axis]:
+            by_place = [offset[places == place].unique().tolist() for place in range(size)]
+            assert all(len(values) == 1 for values in by_place)
+            stairs = [value for (value,) in by_place]
+            assert stairs == sorted(stairs)
+            found[len(set(stairs))] += 1
+            gaps += [after - before for before, after in itertools.pairwise(stairs) if after > before]
+        assert set(found) == set(range(1, n_pieces + 1)) and found[n_pieces] > 0.25 * found.total()
+    assert max(gaps) > 800
 
 
 def test_a_window_as_large_as_all_positions():
-    teacher, students = sample_windows((9, 9), 200, 3, 9, seeded())
-    assert len(teacher) == 81 and all(student.equal(teacher) for student in students)
+    for n_pieces in (1, 3):
+        windows = place_windows((9, 9), 3, 9, n_pieces, generator=seeded())
+        assert all(each.equal(window((9, 9))) for each in windows)
 
 
 SAMPLERS = {
     "hard negatives": lambda g: [sample_hard_negatives(torch.tensor([[123], [4567]]), 9, 4, generator=g)],
     "candidates": lambda g: [sample_groups(5, 7, 2, 3, generator=g)],
-    "windows": lambda g: sample_windows((8, 8), 5, 3, 1000, generator=g),
+    "windows": lambda g: [place_windows((8, 8), 3, 1000, 2, generator=g)],
     "regularisers": lambda g: [position_regularizers(make_encoder(), (20,), generator=g)],
 }
 
@@ -463,7 +467,8 @@ def slow_contrastive_loss(e, positions, n_head):
             others = [j for j, position in enumerate(group) if position != pivot]
             distances = [sum((a - b) ** 2 for a, b in zip(group[j], pivot)) for j in others]
             nearest = others[distances.index(min(distances))]
-            others = [j for j in others if j == nearest or group[j] != group[nearest]]
+            ties = {j for j, distance in zip(others, distances) if distance == min(distances)} - {nearest}
+            others = [j for j in others if j not in ties]
             for e_head in e_group.chunk(n_head, dim=-1):
                 logits = {j: float(e_head[i] @ e_head[j]) for j in others}
                 losses.append(math.log(sum(map(math.exp, logits.values()))) - logits[nearest])
@@ -552,8 +557,11 @@ def test_position_regularizers_are_the_two_losses(shape, near_weight, far_weight
         groups = sample_groups(6, 9, len(shape), 3, 5, generator=generator)
         slow += near_weight * contrastive_loss(encoder(groups), groups, encoder.n_head)
     if far_weight:
-        teacher, students = sample_windows(shape, 8, 2, 125, generator)
-        slow += far_weight * distillation_loss(encoder(teacher), encoder(students), encoder.n_head)
+        students = place_windows(shape, 2, 125, generator=generator)
+        chosen = torch.randperm(math.prod(shape), generator=generator)[:8]
+        assert len(chosen) == 8
+        slow += far_weight * distillation_loss(encoder(window(shape)[chosen]), encoder(students[:, chosen]),
+                                               encoder.n_head)
     torch.testing.assert_close(loss, slow)
     loss.backward()
     for name, parameter in encoder.named_parameters():
@@ -1218,7 +1226,7 @@ def test_patches_of_an_oblong_image_are_at_row_and_column(encoding, height, widt
 def test_positions_of_vit(encoding):
     model = make_vit(encoding)
     batch = images(6, 2, 4, 6)
-    grids = window((2, 3), torch.tensor([[0, 0], [2, 1]]))      # both inside the learned table
+    grids = window((2, 3)) + torch.tensor([[[0, 0]], [[2, 1]]])      # both inside the learned table
     torch.testing.assert_close(model(batch, positions=grids[0])[0], model(batch)[0])
     together, _ = model(batch, positions=grids.repeat_interleave(3, dim=0))
     for b in range(6):
@@ -1244,7 +1252,7 @@ def test_vit_knows_where_a_patch_is_unless_it_has_no_encoding(encoding):
 @pytest.mark.parametrize("encoding", IMAGE)
 def test_the_class_token_has_a_position_of_its_own(encoding):
     model = make_vit(encoding)
-    for here, there, stretch in zip(model.pe(window((4, 4))), model.pe(window((2, 2), torch.tensor([1, 2]))),
+    for here, there, stretch in zip(model.pe(window((4, 4))), model.pe(window((2, 2)) + torch.tensor([1, 2])),
                                     model.pe(window((4, 4)), resize=((4, 4), (6, 6)))):
         for a, b, c in zip(here, there, stretch):
             if a is not None:
@@ -1279,7 +1287,7 @@ def test_gradients_reach_every_parameter_of_vit(encoding):
 def test_video_from_end_to_end():
     """(t, y, x) needs no code of its own: digits, windows, encoder, both regularisers."""
     shape, n_digits = (2, 3, 4), 3
-    clips = window(shape, torch.tensor([[0, 0, 0], [997, 600, 31]]))
+    clips = window(shape) + torch.tensor([[[0, 0, 0]], [[997, 600, 31]]])
     assert clips.shape == (2, 24, 3)
     assert clips[1, ::4][:4].tolist() == [[997, 600, 31], [997, 601, 31], [997, 602, 31], [998, 600, 31]]
     digits = position_to_digits(clips, n_digits)
@@ -1365,7 +1373,7 @@ ERRORS = {
     "encoder: no heads": (lambda: SeqPE(8, n_head=0), ValueError, "n_head.*at least 1.*0"),
     "encoder: no channels": (lambda: SeqPE(0), ValueError, "n_embd.*at least 1.*0"),
 
-    "window that does not fit": (lambda: sample_windows((4, 11), 4, 2, 10), ValueError, r"\(4, 11\).*0 to 9"),
+    "window that does not fit": (lambda: place_windows((4, 11), 2, 10), ValueError, r"\(4, 11\).*0 to 9"),
     "regularisers: window that does not fit":
         (lambda: position_regularizers(SeqPE(8, n_digits=1), (11,)), ValueError, r"\(11,\).*0 to 9"),
     "regularisers: a window of other dimensions":
@@ -1694,7 +1702,7 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, con
     (["--steps", 0], "at least 1, got 0"), (["--block-size", 0], "at least 1, got 0"),
     (["--batch-size", -1], "at least 1, got -1"), (["--n-head", 3], "n_embd=16 is not divisible by n_head=3"),
     (["--pe-width", 9], "n_embd=9 is not divisible by n_head=2"), (["--base", 1], "at least 2, got 1"),
-    (["--digits", 2], "use --digits 3"), (["--digits", 30], "64-bit"), (["--lr", "nan"], "got nan"),
+    (["--digits", 1], "use --digits 2"), (["--digits", 30], "64-bit"), (["--lr", "nan"], "got nan"),
     (["--lr", "fast"], "invalid float value: 'fast'"),
     (["--contrastive-weight", -0.1], "at least 0, got -0.1"), (["--device", "cudax"], "'cudax'"),
     (["--pe", "rope", "--n-embd", 10, "--n-head", 2], "rope in 1-D"),
@@ -1880,7 +1888,7 @@ def test_recall_counts_by_length_and_by_distance(recall, monkeypatch):
 
 
 def test_recall_from_end_to_end(tmp_path, monkeypatch, capsys):
-    arguments = [*TINY, "--data", "recall", "--block-size", 48, "--steps", 3, "--spread", 8, "--skip-prob", 1]
+    arguments = [*TINY, "--data", "recall", "--block-size", 48, "--steps", 3]
     arguments = [*map(str, arguments), "--out", str(tmp_path)]
     monkeypatch.setattr(train_lm.Recall, "n_evaluated", 8)
     results = train_lm.main([*arguments, "--pe", "seqpe,learned"])
@@ -1901,32 +1909,31 @@ def test_presets_yield_to_arguments(monkeypatch):
     assert seen == [(800, "python"), (preset, "recall"), (7, "recall")]
 
 
-def test_windows_skip_to_further_positions(monkeypatch):
-    """What GPT and ViT are given on a shifted step, with and without skips."""
-    args = argparse.Namespace(contrastive_weight=0, distill_weight=0, shift_prob=1, batch_size=16,
+def test_shifted_steps_share_eight_windows(monkeypatch):
+    """What GPT and ViT are given on a shifted step."""
+    args = argparse.Namespace(contrastive_weight=0, distill_weight=0, shift_prob=1, batch_size=20, pieces=3,
                               device="cpu")
     for model, shape in ((make_gpt(), (8,)), (make_vit(), (4, 4))):
-        offsets = []
+        asked, given = Counter(), []
         task = argparse.Namespace(batch=lambda data: None,
-                                  loss=lambda _, __, positions: offsets.append(positions) or torch.zeros(()))
-        for args.skip_prob in (0, 1):
-            torch.manual_seed(0)
-            for _ in range(200):
-                train_lm.training_loss(task, model, model, None, 0, 0, args)
-        shifted, skipped = (torch.stack(half) - window(shape) for half in (offsets[:200], offsets[200:]))
-        lowest, highest = torch.stack(offsets).aminmax()
-        assert 0 <= lowest < 9 and 0 < model.encoder.max_position - highest < 9
-        assert (shifted == shifted[:, :, :1]).all() and torch.equal(shifted[:, :8], shifted[:, 8:])
-        assert len(shifted[:, :, 0].unique()) > model.encoder.max_position * 0.8
-        start, skip = skipped[:, :, :1], skipped - skipped[:, :, :1]
-        assert start.min() < 9 and skip.min() == 0 and skip.max() > model.encoder.max_position * 0.8
-        for axis in range(len(shape)):      # along each axis the offset is a step: one value, then another
-            places = window(shape)[:, axis]
-            for row in skip.flatten(0, 1)[:100, :, axis]:
-                by_place = [row[places == place].unique().tolist() for place in range(shape[axis])]
-                assert all(len(values) == 1 for values in by_place)
-                values = [value for (value,) in by_place]
-                assert values == sorted(values) and len(set(values)) <= 2
+                                  loss=lambda _, __, positions: given.append(positions) or torch.zeros(()))
+
+        def place(shape_, n_windows, max_position, n_pieces):
+            assert (shape_, max_position) == (shape, model.encoder.max_position)
+            asked[n_windows, n_pieces] += 1
+            return place_windows(shape_, n_windows, max_position, n_pieces)
+
+        monkeypatch.setattr(train_lm, "place_windows", place)
+        for _ in range(60):
+            train_lm.training_loss(task, model, model, None, 0, 0, args)
+        assert set(asked) == {(8, 1), (8, 2), (8, 3)} and min(asked.values()) > 10
+        for positions in given:
+            assert positions.shape == (20, math.prod(shape), len(shape))
+            assert positions[:8].equal(positions[8:16]) and positions[:4].equal(positions[16:])
+        args.shift_prob = 0
+        train_lm.training_loss(task, model, model, None, 0, 0, args)
+        assert given[-1] is None
+        args.shift_prob = 1
 
 
 def test_bench_measures_every_encoding(tmp_path, monkeypatch, capsys):
@@ -2094,7 +2101,7 @@ def test_images_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("arguments, said", [
     (["--image-size", 0], "at least 1, got 0"), (["--image-size", 9], "not divisible by patch_size=2"),
-    (["--pe", "alibi"], "known: seqpe, rope"), (["--digits", 1], "use --digits 2"),
+    (["--pe", "alibi"], "known: seqpe, rope"), (["--base", 4, "--digits", 1], "use --digits 2"),
     (["--data", "."], "Is a directory"), (["--n-embd", 12, "--n-head", 2, "--pe", "rope"], "rope in 2-D"),
     (["--load", "nowhere.pt"], "no such checkpoint")])
 def test_image_arguments_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys, arguments, said):

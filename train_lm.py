@@ -32,12 +32,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, position_regularizers, sample_groups,
-                   sample_windows, window)
+from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, place_windows, position_regularizers,
+                   sample_groups, window)
 
-PRESETS = {"recall": dict(steps=1200, lr=1e-3, spread=8.0, skip_prob=0.5)}
+PRESETS = {"recall": dict(steps=1200, lr=1e-3)}
 CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "about")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+STATUS = Path("/proc/self/status")
 NO_SETTINGS = ("pe", "out", "resume", "load", "sample", "eval", "device", "compile", "bench")   # same run
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,14 +55,14 @@ class Parser(argparse.ArgumentParser):
         for name, kind, default, text in (
                 ("--pe", self.names, "seqpe", f"a comma list of {', '.join(encodings)}; or all"),
                 ("--fusion", str, "scalar", f"how SeqPE enters the model: {', '.join(FUSIONS)}"),
-                ("--digits", at_least(1), 4, "digits of a position"),
-                ("--base", at_least(2), 8, "base of the digits"),
+                ("--digits", at_least(1), 3, "digits of a position"),
+                ("--base", at_least(2), 16, "base of the digits"),
                 ("--pe-width", at_least(1), 64, "width of SeqPE's encoder"),
-                ("--spread", at_least(0, float), 0.0, "SeqPE's heads at first: 0 all alike, 8 as ALiBi's"),
+                ("--spread", at_least(0, float), 8.0, "SeqPE's heads at first: 0 all alike, 8 as ALiBi's"),
                 ("--contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
                 ("--distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
                 ("--shift-prob", at_least(0, float), 0.5, "share of steps with windows at random places"),
-                ("--skip-prob", at_least(0, float), 0.0, "share of those with a skip to further positions"),
+                ("--pieces", at_least(1), 4, "most pieces, apart from each other, that those windows come in"),
                 ("--pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's"),
                 ("--n-layer", at_least(1), 4, "layers of the model"),
                 ("--n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
@@ -214,18 +215,18 @@ class Text:
         stretch = model.config.pe == "learned"
         return torch.cat([model(b, interpolate=stretch)[0][:, -self.args.block_size:] for b in batches]).cpu()
 
+    def score(self, model, T):
+        """The loss on the last block_size characters of T, in nats per character."""
+        text = self.windows(T)
+        logits = self.predict(model, text)
+        return F.cross_entropy(logits.flatten(0, 1), text[:, -self.args.block_size:].flatten()).item()
+
     def validate(self, model):
-        text = self.windows(self.args.block_size)
-        return F.cross_entropy(self.predict(model, text).flatten(0, 1), text[:, 1:].flatten()).item()
+        return self.score(model, self.args.block_size)
 
     def evaluate(self, model):
-        """{"loss": {context length: loss on the last block_size characters, in nats per character}}."""
-        losses, L = {}, self.args.block_size
-        for T in self.lengths:
-            text = self.windows(T)
-            logits = self.predict(model, text)
-            losses[T] = F.cross_entropy(logits.flatten(0, 1), text[:, -L:].flatten()).item()
-        return {"loss": losses}
+        """{table: {context length: score}}."""
+        return {"loss": {T: self.score(model, T) for T in self.lengths}}
 
     def format(self, loss):
         return f"{loss:.3f} ({math.exp(loss):.2f})"
@@ -301,15 +302,14 @@ class Recall(Text):
         logits = self.predict(model, text)
         return (logits[:, self.answers].argmax(-1) == text[:, self.answers]).all(-1).float() * 100
 
-    def validate(self, model):
-        return self.right(model, self.windows(self.args.block_size)).mean().item()
+    def score(self, model, T):
+        return self.right(model, self.windows(T)).mean().item()
 
     def evaluate(self, model):
-        scores = {}
-        for T in self.lengths:
-            text = self.windows(T)
-            right = self.right(model, text)
-            scores[T] = right.mean().item()
+        scores = {T: self.score(model, T) for T in self.lengths[:-1]}
+        text = self.windows(self.lengths[-1])
+        right = self.right(model, text)
+        scores[self.lengths[-1]] = right.mean().item()
         # How far back the records of the longest context stood, which is where their keys first occur.
         keys = text[:, self.questions[:, :4]]                                       # (N, n_records, 4)
         found = (text.unfold(1, 4, 1).unsqueeze(1) == keys.unsqueeze(2)).all(-1)    # (N, n_records, T - 2)
@@ -388,9 +388,9 @@ def restore(model, checkpoint):
 
 
 def learning_rate(step, warmup, args, of_encoder):
-    """First 3e-3 falling to 0 for the encoder alone; then up in 5 % of the steps, by a cosine to a tenth."""
+    """First 2e-3 falling to 0 for the encoder alone; then up in 5 % of the steps, by a cosine to a tenth."""
     if step < warmup:
-        return 3e-3 * (1 - step / warmup) if of_encoder else 0.0
+        return 2e-3 * (1 - step / warmup) if of_encoder else 0.0
     done = (step - warmup) / args.steps
     return args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
 
@@ -403,14 +403,11 @@ def training_loss(task, model, forward, data, step, warmup, args):
         return position_regularizers(encoder, shape, float(weights[0] > 0), weights[1], n_groups=16)
     positions = None
     if encoder and torch.rand(()) < args.shift_prob:
-        # Eight windows for the sequences to share, each at a random place. With --skip-prob a part of it lies
-        # further on, so that training sees distances longer than its windows (PoSE, Zhu et al. 2024).
-        places, n_dim = window(shape), len(shape)                                               # (T, n_dim)
-        room = encoder.max_position - torch.tensor(shape)
-        start = (torch.rand(8, 1, n_dim) * (room + 1)).long()
-        skip = (torch.rand(8, 1, n_dim) * (room - start + 1)).long() * (torch.rand(8, 1, 1) < args.skip_prob)
-        skips = places >= torch.rand(8, 1, n_dim) * torch.tensor(shape)
-        positions = (places + start + skip * skips)[torch.arange(args.batch_size) % 8]     # (B, T, n_dim)
+        # Eight windows for the sequences to share, in 1 to --pieces pieces: the model is to see distances longer
+        # than its training window too (PoSE, Zhu et al. 2024).
+        n_pieces = torch.randint(1, args.pieces + 1, ()).item()
+        positions = place_windows(shape, 8, encoder.max_position, n_pieces)                     # (8, T, n_dim)
+        positions = positions[torch.arange(args.batch_size) % 8]                                # (B, T, n_dim)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(forward, task.batch(data), positions)
     return loss + position_regularizers(encoder, shape, *weights) if encoder else loss
@@ -588,8 +585,9 @@ def jobs(pe, args):
     model = task.model(pe).to(args.device)
     optimizer, encoder, shape = model.configure_optimizers(args.lr), model.encoder, model.window
 
-    def step():
-        training_loss(task, model, model, None, 0, 0, args).backward()
+    def step(shift_prob):
+        settings = argparse.Namespace(**vars(args) | {"shift_prob": shift_prob})
+        training_loss(task, model, model, None, 0, 0, settings).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -600,14 +598,16 @@ def jobs(pe, args):
 
     def sample():
         sample_groups(4, 32, 1, args.digits, args.base, device=args.device)
-        sample_windows(shape, 32, 4, encoder.max_position, device=args.device)
+        place_windows(shape, 4, encoder.max_position, device=args.device)
 
-    found = {"step": step}
+    found = {"step": partial(step, 0), "shifted step": partial(step, 1)}
     if encoder:
         found |= {"of it a window": lambda: encoder(window(shape)).sum().backward(),
                   "of it regularisers": lambda: position_regularizers(encoder, shape).backward(),
                   "of it sampling": sample}
-    return found | {f"read {T}": partial(read, T) for T in (args.block_size * 2 ** i for i in range(7))}
+    # 1x, 2x, 4x ... the training length
+    lengths = [args.block_size * 2 ** i for i in range(args.bench.bit_length())]
+    return found | {f"read {T}": partial(read, T) for T in lengths}
 
 
 def milliseconds(work, device):
@@ -624,9 +624,10 @@ def milliseconds(work, device):
 
 
 def peak_memory(pe, name, args):
-    """MiB that a job takes in a fresh process, on the GPU or (Linux) resident."""
+    """MiB that a job takes in a fresh process: on the GPU, or resident on Linux; nan where neither is known."""
     def resident(key):
-        return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+        found = re.search(rf"{key}:\s*(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+        return int(found[1]) / 1024 if found else math.nan
 
     work, cuda = jobs(pe, args)[name], args.device == "cuda"
     before = 0 if cuda else resident("VmRSS")
@@ -640,7 +641,7 @@ def bench(args, n_rounds=5):
     "of it" stands before parts of SeqPE's step, which come as shares of it and have no memory of their own.
     """
     args.out.mkdir(parents=True, exist_ok=True)
-    args.digits = max(args.digits, digits_needed(64 * args.block_size - 1, args.base))
+    args.digits = max(args.digits, digits_needed(args.bench * args.block_size - 1, args.base))
     works = [(pe, name, work) for pe in args.pe for name, work in jobs(pe, args).items()]
     found = {}
     for _ in tqdm(range(n_rounds + 1), desc="time"):    # round by round: a drifting machine favours none
@@ -682,7 +683,8 @@ def main(argv=None):
     parser.add_argument("--data", default="python", help="python, recall, shakespeare, or a text file")
     parser.add_argument("--block-size", type=at_least(1), default=128, help="training length, in characters")
     parser.add_argument("--sample", metavar="PROMPT", help="text to go on from at the end")
-    parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of training")
+    parser.add_argument("--bench", nargs="?", type=at_least(1), const=64, metavar="N",
+                        help="measure speed and memory instead of training, to N (64) times the training length")
     args = parser.parse(argv, PRESETS)
     if args.bench:
         return bench(args)
