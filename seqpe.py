@@ -7,7 +7,8 @@ training ever went there or not; two regularisers keep the places it never went 
     1. Positions as digits      position_to_digits, digits_to_position, window
     2. The transformer block    Signal, Attention, Block: the same for encoder, GPT and ViT
     3. The sequential encoder   SeqPE: digits -> e_p
-    4. The two regularisers     contrastive_loss (L_delta), distillation_loss (L_OOD), position_regularizers
+    4. The two regularisers     contrastive_loss (L_delta), distillation_loss (L_OOD), position_regularizers;
+                                place_windows: start shifting
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. Models                   GPT, ViT
 
@@ -247,7 +248,7 @@ class SeqPE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The two regularisers (paper, section 3.2)
+# 4. The two regularisers, and start shifting (paper, section 3.2)
 
 
 def sample_hard_negatives(pivots, n_samples, n_digits, base=10, generator=None):
@@ -327,10 +328,11 @@ def contrastive_loss(e, positions, n_head=1):
 
 
 def place_windows(shape, n_windows, max_position, n_pieces=1, generator=None, device=None):
-    """Start shifting: the training window at random places, (n_windows, T, n_dim) positions.
+    """Start shifting: the training window at random places -> positions (n_windows, T, n_dim).
 
-    shape: the training window, (T,) or (h, w). With n_pieces > 1 each axis is cut at random into pieces, which
-    keep their order but lie further apart, so that a short window has long distances in it.
+    shape: the training window, (T,) or (h, w). With n_pieces > 1 each axis is cut at random into pieces that
+    keep their order but lie further apart, so that a short window has long distances in it (PoSE, Zhu et al.
+    2024).
     """
     if max(shape) > max_position:
         raise ValueError(f"a window of shape {tuple(shape)} does not fit into 0 to {max_position - 1}")

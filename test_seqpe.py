@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -1907,6 +1908,9 @@ def test_presets_yield_to_arguments(monkeypatch):
         train_lm.main(arguments)
     preset = train_lm.PRESETS["recall"]["steps"]
     assert seen == [(800, "python"), (preset, "recall"), (7, "recall")]
+    monkeypatch.setattr(train_lm, "bench", lambda args: args.pe)
+    assert train_lm.main(["--bench"]) == ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
+    assert train_lm.main(["--bench", "2", "--pe", "seqpe,rope"]) == ["seqpe", "rope"]
 
 
 def test_shifted_steps_share_eight_windows(monkeypatch):
@@ -2146,6 +2150,25 @@ def test_the_readme_names_only_options_that_exist(capsys):
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = set(re.findall(r"--[a-z][a-z-]+", README))
     assert "--pe" in named and named <= known, named - known
+
+
+def readme_commands():
+    """Every `python train_*.py` of the README: (script, arguments)."""
+    found = re.findall(r"python (train_\w+)\.py\b([^`\n;&]*)", README)
+    return sorted({(script, arguments.replace("$seed", "0").strip()) for script, arguments in found})
+
+
+@pytest.mark.parametrize("script, arguments", readme_commands())
+def test_the_readmes_commands_run(script, arguments, tmp_path, monkeypatch, capsys):
+    """In their small form: the same options, then those of a tiny model."""
+    monkeypatch.setattr(train_lm, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(train_lm.Text, "n_evaluated", 2)
+    module, small = {"train_lm": (train_lm, [*TINY, "--block-size", "48", "--steps", "3"]),
+                     "train_vit": (train_vit, SMALL)}[script]
+    if "--bench" in arguments:
+        small += ["--bench", "2"]
+    assert module.main([*shlex.split(arguments), *small, "--out", str(tmp_path)])
+    assert list(tmp_path.glob("*.json"))
 
 
 def test_the_readme_example_trains(tmp_path):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, place_windows, position_regularizers,
                    sample_groups, window)
 
-PRESETS = {"recall": dict(steps=1200, lr=1e-3)}
+PRESETS = {"recall": dict(steps=1200, lr=1e-3), "bench": dict(pe="all")}
 CHECKPOINT = ("settings", "step", "model", "optimizer", "random", "about")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 STATUS = Path("/proc/self/status")
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
                 ("--contrastive-weight", at_least(0, float), 0.1, "weight of L_delta; 0 turns it off"),
                 ("--distill-weight", at_least(0, float), 0.1, "weight of L_OOD; 0 turns it off"),
                 ("--shift-prob", at_least(0, float), 0.5, "share of steps with windows at random places"),
-                ("--pieces", at_least(1), 4, "most pieces, apart from each other, that those windows come in"),
+                ("--pieces", at_least(1), 4, "most pieces, apart from each other, of such a window"),
                 ("--pe-warmup", at_least(0), 1000, "steps of SeqPE's encoder alone before the model's"),
                 ("--n-layer", at_least(1), 4, "layers of the model"),
                 ("--n-head", at_least(1), 4, "heads of a layer, in the model and in SeqPE's encoder"),
@@ -89,8 +89,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv, presets):
         """parse_args, with other defaults for some of the data; unlike those, presets are not in --help."""
-        data = self.parse_known_args(argv)[0].data
-        self.set_defaults(**presets.get(data, {}))
+        known = vars(self.parse_known_args(argv)[0])
+        self.set_defaults(**presets.get("bench" if known.get("bench") else known["data"], {}))
         return self.parse_args(argv)
 
     def error(self, message):
@@ -403,11 +403,10 @@ def training_loss(task, model, forward, data, step, warmup, args):
         return position_regularizers(encoder, shape, float(weights[0] > 0), weights[1], n_groups=16)
     positions = None
     if encoder and torch.rand(()) < args.shift_prob:
-        # Eight windows for the sequences to share, in 1 to --pieces pieces: the model is to see distances longer
-        # than its training window too (PoSE, Zhu et al. 2024).
+        # Eight windows for the sequences to share, as each costs the encoder a reading of T positions.
         n_pieces = torch.randint(1, args.pieces + 1, ()).item()
-        positions = place_windows(shape, 8, encoder.max_position, n_pieces)                     # (8, T, n_dim)
-        positions = positions[torch.arange(args.batch_size) % 8]                                # (B, T, n_dim)
+        positions = place_windows(shape, 8, encoder.max_position, n_pieces)             # (8, T, n_dim)
+        positions = positions[torch.arange(args.batch_size) % 8]                        # (B, T, n_dim)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(forward, task.batch(data), positions)
     return loss + position_regularizers(encoder, shape, *weights) if encoder else loss
@@ -624,7 +623,7 @@ def milliseconds(work, device):
 
 
 def peak_memory(pe, name, args):
-    """MiB that a job takes in a fresh process: on the GPU, or resident on Linux; nan where neither is known."""
+    """MiB that a job takes in a fresh process: on the GPU, or resident on Linux; elsewhere nan."""
     def resident(key):
         found = re.search(rf"{key}:\s*(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
         return int(found[1]) / 1024 if found else math.nan
@@ -684,7 +683,7 @@ def main(argv=None):
     parser.add_argument("--block-size", type=at_least(1), default=128, help="training length, in characters")
     parser.add_argument("--sample", metavar="PROMPT", help="text to go on from at the end")
     parser.add_argument("--bench", nargs="?", type=at_least(1), const=64, metavar="N",
-                        help="measure speed and memory instead of training, to N (64) times the training length")
+                        help="measure speed and memory instead, reading to N (64) times the training length")
     args = parser.parse(argv, PRESETS)
     if args.bench:
         return bench(args)
