@@ -334,14 +334,16 @@ def place_windows(shape, n_windows, max_position, n_pieces=1, generator=None, de
     keep their order but lie further apart, so that a short window has long distances in it (PoSE, Zhu et al.
     2024).
     """
+    _at_least_one(n_windows=n_windows, n_pieces=n_pieces)
     if max(shape) > max_position:
         raise ValueError(f"a window of shape {tuple(shape)} does not fit into 0 to {max_position - 1}")
     draw = dict(generator=generator, device=device)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, n_pieces), **draw).sort().values
                            for size in shape], dim=-1)                          # (n_windows, n_pieces, n_dim)
     places = window(shape).to(offsets.device)                                           # (T, n_dim)
-    cuts = torch.rand(n_windows, 1, n_pieces - 1, len(shape), **draw) * places.amax(0).add(1)
-    piece = (places.unsqueeze(1) >= cuts).sum(2)                                # (n_windows, T, n_dim)
+    size = torch.tensor(shape, device=places.device)
+    cuts = torch.rand(n_windows, 1, n_pieces - 1, len(shape), **draw) * size          # on each axis
+    piece = (places.unsqueeze(1) >= cuts).sum(2)        # cuts before each place: (n_windows, T, n_dim)
     return places + offsets.gather(1, piece)
 
 

@@ -1375,6 +1375,8 @@ ERRORS = {
     "encoder: no channels": (lambda: SeqPE(0), ValueError, "n_embd.*at least 1.*0"),
 
     "window that does not fit": (lambda: place_windows((4, 11), 2, 10), ValueError, r"\(4, 11\).*0 to 9"),
+    "a window in no pieces": (lambda: place_windows((4,), 2, 10, 0), ValueError, "n_pieces.*at least 1, got 0"),
+    "no windows": (lambda: place_windows((4,), 0, 10), ValueError, "n_windows.*at least 1, got 0"),
     "regularisers: window that does not fit":
         (lambda: position_regularizers(SeqPE(8, n_digits=1), (11,)), ValueError, r"\(11,\).*0 to 9"),
     "regularisers: a window of other dimensions":
