@@ -199,7 +199,7 @@ class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
     n_head: heads of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position,
-    each from 0 to max_position - 1, where max_position = base ** n_digits. width: of the encoder, n_embd / 2
+    each from 0 to max_position - 1, where max_position = base ** n_digits. width: of the encoder, n_embd
     unless given.
     """
 
@@ -210,7 +210,7 @@ class SeqPE(nn.Module):
             raise ValueError(f"n_embd={n_embd} is not divisible by n_head={n_head}")
         self.max_position = _number_of_positions(n_digits, base)
         self.n_embd, self.n_head, self.n_dim, self.n_digits, self.base = n_embd, n_head, n_dim, n_digits, base
-        width = width or math.ceil(n_embd / 2 / n_head) * n_head
+        width = width or n_embd
         self.symbol = nn.Embedding(base, width)         # T: which digit
         self.place = nn.Embedding(n_digits, width)      # O: at which place of its number
         self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None      # D: of which coordinate
@@ -242,9 +242,10 @@ class SeqPE(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last_only=True)              # only [CLS] is read, so only [CLS] asks
-        # All e_p of the same length in each head: a dot product then says how near, and nothing else.
-        e = self.proj(self.ln(x[:, 0])).unflatten(-1, (self.n_head, -1))
-        return F.rms_norm(e, e.shape[-1:]).reshape(*digits.shape[:-1], self.n_embd)
+        # All e_p of the same length in each head: a dot product then says how near, and nothing else. e_p . e_p
+        # = 32 lets the softmax over thirty candidates in L_delta become sure of one.
+        e = F.normalize(self.proj(self.ln(x[:, 0])).unflatten(-1, (self.n_head, -1)), dim=-1)
+        return (32 ** 0.5 * e).reshape(*digits.shape[:-1], self.n_embd)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ class TransformerConfig:
     fusion: str = "scalar"      # how SeqPE's e_p enters the model, a key of FUSIONS
     n_digits: int = 4
     base: int = 10
-    pe_width: Optional[int] = None      # of SeqPE's encoder, half of n_embd unless given
+    pe_width: Optional[int] = None      # of SeqPE's encoder, as wide as e_p unless given
     spread: float = 0.0         # of SeqPE's slopes at the start: 0 is 1 in every head, 8 as ALiBi's
 
 
@@ -554,21 +555,23 @@ class EmbeddingPE(PositionEncoding):
         self.fusion = config.fusion if config.pe == "seqpe" else "input"
         if self.fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {self.fusion!r}; known: {', '.join(FUSIONS)}")
+        # Half of a head's channels are enough to say how near, and attention pays for each that is appended.
+        E = n_head * math.ceil(self.head_dim / 2) if self.fusion == "scalar" else C
         if config.pe == "seqpe":
-            self.embedding = SeqPE(C, n_head, n_dim=self.n_dim, n_digits=config.n_digits, base=config.base,
+            self.embedding = SeqPE(E, n_head, n_dim=self.n_dim, n_digits=config.n_digits, base=config.base,
                                    width=config.pe_width, dropout=config.dropout)
         else:
             self.embedding = LearnedTable(window, C) if config.pe == "learned" else Sinusoid(self.n_dim, C)
         self.max_position = self.embedding.max_position
         if config.pe == "seqpe" and max(window) > self.max_position:
             raise ValueError(f"a window of shape {window} does not fit into 0 to {self.max_position - 1}")
-        self.cls = nn.Parameter(torch.randn(C) * 0.02) if class_token else None
+        self.cls = nn.Parameter(torch.randn(E) * 0.02) if class_token else None
         n_maps = {"input": 0, "scalar": 1, "mul": n_layer, "add": n_layer}[self.fusion]
-        self.maps = nn.ModuleList(nn.Linear(C, 2 * C, bias=False) for _ in range(n_maps))
+        self.maps = nn.ModuleList(nn.Linear(E, 2 * E, bias=False) for _ in range(n_maps))
         # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With
         # slopes of 1 all heads begin by looking nearby, with ALiBi's some begin by looking everywhere.
         slope = 2.0 ** (-config.spread * torch.arange(n_head) / n_head)
-        start = (slope * self.head_dim ** 0.5).sqrt().repeat_interleave(self.head_dim).diag()
+        start = (slope * self.head_dim ** 0.5).sqrt().repeat_interleave(E // n_head).diag()
         for W in self.maps:
             W.weight.data.copy_(start.repeat(2, 1))
 
