@@ -544,7 +544,7 @@ class EmbeddingPE(PositionEncoding):
     """Encodings that make a vector e_p of each position, and how it enters the model (paper, section 3.3):
 
         input   x_i + e_i, once, before the first layer
-        scalar  q_i . k_j + eq_i . ek_j,        [eq, ek] = W e, one W for all layers
+        scalar  q_i . k_j + eq_i . ek_j,        [eq, ek] = W e, one W for all layers (images: one for each)
         mul     q_i * eq_i and k_j * ek_j,      [eq, ek] = W e, a W for each layer
         add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
     """
@@ -555,8 +555,9 @@ class EmbeddingPE(PositionEncoding):
         self.fusion = config.fusion if config.pe == "seqpe" else "input"
         if self.fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {self.fusion!r}; known: {', '.join(FUSIONS)}")
-        # Half of a head's channels are enough to say how near, and attention pays for each that is appended.
-        E = n_head * math.ceil(self.head_dim / 2) if self.fusion == "scalar" else C
+        # Half of a head's channels for each coordinate are enough to say how near. Attention pays for all that
+        # are appended.
+        E = n_head * math.ceil(self.n_dim * self.head_dim / 2) if self.fusion == "scalar" else C
         if config.pe == "seqpe":
             self.embedding = SeqPE(E, n_head, n_dim=self.n_dim, n_digits=config.n_digits, base=config.base,
                                    width=config.pe_width, dropout=config.dropout)
@@ -566,7 +567,7 @@ class EmbeddingPE(PositionEncoding):
         if config.pe == "seqpe" and max(window) > self.max_position:
             raise ValueError(f"a window of shape {window} does not fit into 0 to {self.max_position - 1}")
         self.cls = nn.Parameter(torch.randn(E) * 0.02) if class_token else None
-        n_maps = {"input": 0, "scalar": 1, "mul": n_layer, "add": n_layer}[self.fusion]
+        n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(E, 2 * E, bias=False) for _ in range(n_maps))
         # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With
         # slopes of 1 all heads begin by looking nearby, with ALiBi's some begin by looking everywhere.
@@ -639,13 +640,13 @@ class Transformer(nn.Module):
         return self.pe(window(shape) if positions is None else positions)
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
-        """AdamW, in which only matrices decay. A group's "of_encoder" says whether it is SeqPE's."""
-        encoder = set(self.encoder.parameters()) if self.encoder else set()
+        """AdamW, in which only matrices decay. A group's "of_seqpe": whether it is of SeqPE or its maps."""
+        seqpe = set(self.pe.parameters()) if self.encoder else set()
         groups = {}
         for p in self.parameters():
-            groups.setdefault((p in encoder, p.dim() >= 2), []).append(p)
-        groups = [dict(params=group, of_encoder=of_encoder, weight_decay=weight_decay if is_matrix else 0.0)
-                  for (of_encoder, is_matrix), group in groups.items()]
+            groups.setdefault((p in seqpe, p.dim() >= 2), []).append(p)
+        groups = [dict(params=group, of_seqpe=of_seqpe, weight_decay=weight_decay if is_matrix else 0.0)
+                  for (of_seqpe, is_matrix), group in groups.items()]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 

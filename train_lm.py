@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
                 ("--steps", at_least(1), 800, "training steps"),
                 ("--batch-size", at_least(1), 32, "sequences in a step"),
                 ("--lr", at_least(0, float), 3e-3, "peak learning rate after the warm-up"),
+                ("--pe-lr", at_least(0, float), 1.0, "that of SeqPE's encoder and maps, in times of --lr"),
                 ("--seed", int, 0, "seed of everything random"),
                 ("--device", pick_device, "auto", "cuda, mps or cpu; auto takes the first there is"),
                 ("--out", Path, "out", "folder of checkpoints and results")):
@@ -387,12 +388,12 @@ def restore(model, checkpoint):
         raise ValueError("the checkpoint is of another version of this model") from None
 
 
-def learning_rate(step, warmup, args, of_encoder):
-    """First 2e-3 falling to 0 for the encoder alone; then up in 5 % of the steps, by a cosine to a tenth."""
+def learning_rate(step, warmup, args, of_seqpe):
+    """First 2e-3 falling to 0 for SeqPE alone; then up in 5 % of the steps, by a cosine to a tenth."""
     if step < warmup:
-        return 2e-3 * (1 - step / warmup) if of_encoder else 0.0
-    done = (step - warmup) / args.steps
-    return args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
+        return 2e-3 * (1 - step / warmup) if of_seqpe else 0.0
+    done, peak = (step - warmup) / args.steps, args.lr * (args.pe_lr if of_seqpe else 1.0)
+    return peak * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
 def training_loss(task, model, forward, data, step, warmup, args):
@@ -418,10 +419,10 @@ def train(task, run, args, stop):
     data = torch.Generator().manual_seed(args.seed)     # the same batches for every encoding
     model = task.model(run.pe).to(args.device)
     optimizer = model.configure_optimizers(args.lr)
-    # The encoder's gradient is clipped apart from the model's, as either may be much the larger.
+    # SeqPE's gradient is clipped apart from the model's, as either may be much the larger.
     parts = {}
     for group in optimizer.param_groups:
-        parts.setdefault(group["of_encoder"], []).extend(group["params"])
+        parts.setdefault(group["of_seqpe"], []).extend(group["params"])
     warmup = args.pe_warmup if model.encoder and (args.contrastive_weight or args.distill_weight) else 0
     total, first, kept = warmup + args.steps, 0, 0
     if args.resume and (checkpoint := run.resume()):
@@ -452,7 +453,7 @@ def train(task, run, args, stop):
     bar = tqdm(range(first, total), initial=first, total=total, desc=run.pe, mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, warmup, args, group["of_encoder"])
+            group["lr"] = learning_rate(step, warmup, args, group["of_seqpe"])
         loss = training_loss(task, model, forward, data, step, warmup, args)
         loss.backward()
         norms = [torch.nn.utils.clip_grad_norm_(part, 1.0) for part in parts.values()]
