@@ -566,7 +566,9 @@ class EmbeddingPE(PositionEncoding):
         self.max_position = self.embedding.max_position
         if config.pe == "seqpe" and max(window) > self.max_position:
             raise ValueError(f"a window of shape {window} does not fit into 0 to {self.max_position - 1}")
-        self.cls = nn.Parameter(torch.randn(E) * 0.02) if class_token else None
+        # The class token has no place in the grid: its vector is learned, and starts as large as the others.
+        std = 1.0 if config.pe == "seqpe" else 0.02
+        self.cls = nn.Parameter(torch.randn(E) * std) if class_token else None
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(E, 2 * E, bias=False) for _ in range(n_maps))
         # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With
