@@ -206,11 +206,11 @@ class SeqPE(nn.Module):
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, n_digits=4, base=10, width=None, dropout=0.0):
         super().__init__()
         _at_least_one(n_embd=n_embd, n_head=n_head, n_layer=n_layer, n_dim=n_dim, width=width or 1)
-        if n_embd % n_head:
-            raise ValueError(f"n_embd={n_embd} is not divisible by n_head={n_head}")
+        width = width or n_embd
+        if n_embd % n_head or width % n_head:
+            raise ValueError(f"SeqPE: n_embd={n_embd} and width={width} must be divisible by n_head={n_head}")
         self.max_position = _number_of_positions(n_digits, base)
         self.n_embd, self.n_head, self.n_dim, self.n_digits, self.base = n_embd, n_head, n_dim, n_digits, base
-        width = width or n_embd
         self.symbol = nn.Embedding(base, width)         # T: which digit
         self.place = nn.Embedding(n_digits, width)      # O: at which place of its number
         self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None      # D: of which coordinate

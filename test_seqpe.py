@@ -1704,7 +1704,7 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, con
     (["--pe", "rotary"], "known: seqpe, rope"), (["--fusion", "sum"], "known: scalar, mul"),
     (["--steps", 0], "at least 1, got 0"), (["--block-size", 0], "at least 1, got 0"),
     (["--batch-size", -1], "at least 1, got -1"), (["--n-head", 3], "n_embd=16 is not divisible by n_head=3"),
-    (["--pe-width", 9], "n_embd=9 is not divisible by n_head=2"), (["--base", 1], "at least 2, got 1"),
+    (["--pe-width", 9], "width=9 must be divisible by n_head=2"), (["--base", 1], "at least 2, got 1"),
     (["--digits", 1], "use --digits 2"), (["--digits", 30], "64-bit"), (["--lr", "nan"], "got nan"),
     (["--lr", "fast"], "invalid float value: 'fast'"),
     (["--contrastive-weight", -0.1], "at least 0, got -0.1"), (["--device", "cudax"], "'cudax'"),
@@ -1955,6 +1955,8 @@ def test_bench_measures_every_encoding(tmp_path, monkeypatch, capsys):
     assert set(found["of it sampling, ms"]) == {"seqpe"} and "%)" in printed
     assert found["step, characters/s"]["rope"] == 1000 * 4 * 8 / found["step, ms"]["rope"]
     assert "1.00x" in printed
+    # A short reading, by a model made for sixteen times the training length.
+    train_lm.main([*TINY, "--bench", "1", "--pe", "seqpe", "--digits", "1", "--out", str(tmp_path)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2137,6 +2139,14 @@ def test_cifar10_is_read_from_its_archive(tmp_path, monkeypatch):
     assert images.shape == (120, 3, 32, 32) and is_test.tolist() == [False] * 100 + [True] * 20
     assert torch.equal(labels, whole[:, 0].long()) and torch.equal(images.flatten(1), whole[:, 1:])
     assert images[119, 2, 31, 30] == whole[119, 1 + 2 * 1024 + 31 * 32 + 30]
+
+
+def test_the_settings_for_cifar10_make_models(monkeypatch):
+    monkeypatch.setattr(train_vit, "run_all", lambda make_task, args: args)
+    args = train_vit.main(["--data", "cifar10", "--pe", "all"])
+    task = train_vit.Images(args, {"n_channels": 3, "n_classes": 10}, read=False)
+    for pe in args.pe:
+        assert task.model(pe)(torch.zeros(1, 3, 96, 96), interpolate=True)[0].shape == (1, 10)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -641,7 +641,7 @@ def bench(args, n_rounds=5):
     "of it" stands before parts of SeqPE's step, which come as shares of it and have no memory of their own.
     """
     args.out.mkdir(parents=True, exist_ok=True)
-    args.digits = max(args.digits, digits_needed(args.bench * args.block_size - 1, args.base))
+    args.digits = max(args.digits, digits_needed(max(16, args.bench) * args.block_size - 1, args.base))
     works = [(pe, name, work) for pe in args.pe for name, work in jobs(pe, args).items()]
     found = {}
     for _ in tqdm(range(n_rounds + 1), desc="time"):    # round by round: a drifting machine favours none

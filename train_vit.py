@@ -26,7 +26,7 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MAGNIFICATIONS = (1, 1.5, 2, 2.5, 3)
 DEFAULTS = dict(digits=2, base=5, shift_prob=0.1, pieces=1, n_embd=96,   # 5 ** 2 covers the 24 patches of 3x
                 steps=2000, lr=1e-3, pe_lr=0.3)
-PRESETS = {"cifar10": dict(n_layer=6, n_head=6, n_embd=384, batch_size=256, steps=20000, lr=1e-3)}
+PRESETS = {"cifar10": dict(n_layer=6, n_head=6, n_embd=384, pe_width=96, batch_size=256, steps=20000, lr=1e-3)}
 
 # ------------------------------------------------------------------------------------------------------------
 # Data
