@@ -242,8 +242,8 @@ class SeqPE(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last_only=True)              # only [CLS] is read, so only [CLS] asks
-        # All e_p of the same length in each head: a dot product then says how near, and nothing else. e_p . e_p
-        # = 32 lets the softmax over thirty candidates in L_delta become sure of one.
+        # All e_p of the same length in each head: a dot product then says how near, and nothing else. With
+        # e_p . e_p = 32, the softmax over thirty candidates in L_delta can become sure of one.
         e = F.normalize(self.proj(self.ln(x[:, 0])).unflatten(-1, (self.n_head, -1)), dim=-1)
         return (32 ** 0.5 * e).reshape(*digits.shape[:-1], self.n_embd)
 
@@ -555,11 +555,10 @@ class EmbeddingPE(PositionEncoding):
         self.fusion = config.fusion if config.pe == "seqpe" else "input"
         if self.fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {self.fusion!r}; known: {', '.join(FUSIONS)}")
-        # Half of a head's channels for each coordinate are enough to say how near. Attention pays for all that
-        # are appended.
-        E = n_head * math.ceil(self.n_dim * self.head_dim / 2) if self.fusion == "scalar" else C
+        # Half of a head's channels for each coordinate are enough to say how near, and attention pays for all.
+        size = n_head * math.ceil(self.n_dim * self.head_dim / 2) if self.fusion == "scalar" else C
         if config.pe == "seqpe":
-            self.embedding = SeqPE(E, n_head, n_dim=self.n_dim, n_digits=config.n_digits, base=config.base,
+            self.embedding = SeqPE(size, n_head, n_dim=self.n_dim, n_digits=config.n_digits, base=config.base,
                                    width=config.pe_width, dropout=config.dropout)
         else:
             self.embedding = LearnedTable(window, C) if config.pe == "learned" else Sinusoid(self.n_dim, C)
@@ -568,13 +567,13 @@ class EmbeddingPE(PositionEncoding):
             raise ValueError(f"a window of shape {window} does not fit into 0 to {self.max_position - 1}")
         # The class token has no place in the grid: its vector is learned, and starts as large as the others.
         std = 1.0 if config.pe == "seqpe" else 0.02
-        self.cls = nn.Parameter(torch.randn(E) * std) if class_token else None
+        self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
-        self.maps = nn.ModuleList(nn.Linear(E, 2 * E, bias=False) for _ in range(n_maps))
+        self.maps = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(n_maps))
         # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With
         # slopes of 1 all heads begin by looking nearby, with ALiBi's some begin by looking everywhere.
         slope = 2.0 ** (-config.spread * torch.arange(n_head) / n_head)
-        start = (slope * self.head_dim ** 0.5).sqrt().repeat_interleave(E // n_head).diag()
+        start = (slope * self.head_dim ** 0.5).sqrt().repeat_interleave(size // n_head).diag()
         for W in self.maps:
             W.weight.data.copy_(start.repeat(2, 1))
 
