@@ -205,8 +205,8 @@ class SeqPE(nn.Module):
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, n_digits=4, base=10, width=None, dropout=0.0):
         super().__init__()
-        _at_least_one(n_embd=n_embd, n_head=n_head, n_layer=n_layer, n_dim=n_dim, width=width or 1)
         width = width or n_embd
+        _at_least_one(n_embd=n_embd, n_head=n_head, n_layer=n_layer, n_dim=n_dim, width=width)
         if n_embd % n_head or width % n_head:
             raise ValueError(f"SeqPE: n_embd={n_embd} and width={width} must be divisible by n_head={n_head}")
         self.max_position = _number_of_positions(n_digits, base)
@@ -555,7 +555,7 @@ class EmbeddingPE(PositionEncoding):
         self.fusion = config.fusion if config.pe == "seqpe" else "input"
         if self.fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {self.fusion!r}; known: {', '.join(FUSIONS)}")
-        # Half of a head's channels for each coordinate are enough to say how near, and attention pays for all.
+        # Half of a head's channels for each coordinate are enough to say how near; attention pays for each.
         size = n_head * math.ceil(self.n_dim * self.head_dim / 2) if self.fusion == "scalar" else C
         if config.pe == "seqpe":
             self.embedding = SeqPE(size, n_head, n_dim=self.n_dim, n_digits=config.n_digits, base=config.base,
@@ -568,6 +568,7 @@ class EmbeddingPE(PositionEncoding):
         # The class token has no place in the grid: its vector is learned, and starts as large as the others.
         std = 1.0 if config.pe == "seqpe" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
+        # One map for all layers is the paper's for text. Images were read better with one for each.
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(n_maps))
         # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With

@@ -496,7 +496,8 @@ def table(task, results):
         for name, row in rows.items():
             cells = "".join(f"{task.format(score):>15}" for score in row.values())
             bars = (round(7 * (score - low) / (high - low or 1)) for score in row.values())
-            lines.append(f"{name:<12}{cells}   " + "".join("▁▂▃▄▅▆▇█"[bar] * 2 for bar in bars))
+            chart = "".join("▁▂▃▄▅▆▇█"[bar] * 2 for bar in bars)
+            lines.append(f"{name:<12}{cells}   {chart}")
         lines.append("")
     return "\n".join(lines)
 
@@ -641,6 +642,7 @@ def bench(args, n_rounds=5):
     "of it" stands before parts of SeqPE's step, which come as shares of it and have no memory of their own.
     """
     args.out.mkdir(parents=True, exist_ok=True)
+    # Enough for what is read here, and for the 16 times block_size that every Text's model is made for.
     args.digits = max(args.digits, digits_needed(max(16, args.bench) * args.block_size - 1, args.base))
     works = [(pe, name, work) for pe in args.pe for name, work in jobs(pe, args).items()]
     found = {}
