@@ -2165,9 +2165,19 @@ def test_the_readme_names_only_options_that_exist(capsys):
 
 
 def readme_commands():
-    """Every `python train_*.py` of the README: (script, arguments)."""
-    found = re.findall(r"python (train_\w+)\.py\b([^`\n;&]*)", README)
-    return sorted({(script, arguments.replace("$seed", "0").strip()) for script, arguments in found})
+    """Every `python train_*.py` of the README: (script, arguments), once for each value of a shell loop."""
+    found = set()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
+    for block in blocks + re.findall(r"`([^`\n]+)`", README):
+        loops = [[(f"${name}", value) for value in values.split()]
+                 for name, values in re.findall(r"for (\w+) in ([^;]+);", block)]
+        for script, arguments in re.findall(r"python (train_\w+)\.py\b([^`\n;&]*)", block):
+            for values in itertools.product(*loops):
+                text = arguments.strip()
+                for variable, value in values:
+                    text = text.replace(variable, "0" if variable == "$seed" else value)
+                found.add((script, text))
+    return sorted(found)
 
 
 @pytest.mark.parametrize("script, arguments", readme_commands())
