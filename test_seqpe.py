@@ -2193,6 +2193,17 @@ def test_the_readmes_commands_run(script, arguments, tmp_path, monkeypatch, caps
     assert list(tmp_path.glob("*.json"))
 
 
+def test_the_readmes_picture_before_training_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_lm.Text, "n_evaluated", 2)
+    train_lm.main(["--steps", "1", "--pe-warmup", "0", "--device", "cpu", "--out", str(tmp_path)])
+    picture = re.compile(r"before training\n(.*?)\n\n", re.S)
+    theirs, ours = (re.sub(r" +$", "", picture.search(text)[1], flags=re.M)
+                    for text in (README, capsys.readouterr().out))
+    assert len(theirs) == len(ours)
+    # Another machine's last bit may round a shade the other way.
+    assert sum(a != b for a, b in zip(theirs, ours)) <= 3
+
+
 def test_the_readme_example_trains(tmp_path):
     """The block that shows SeqPE in somebody else's attention layer, run beside a copy of seqpe.py alone."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
