@@ -568,7 +568,7 @@ class EmbeddingPE(PositionEncoding):
         # The class token has no place in the grid: its vector is learned, and starts as large as the others.
         std = 1.0 if config.pe == "seqpe" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
-        # One map for all layers is the paper's for text. Images were read better with one for each.
+        # The paper has one map for all layers on text, and on images one for each.
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(n_maps))
         # eq . ek / sqrt(D) starts as slope_h * e_i . e_j, which L_delta has made fall with distance. With
