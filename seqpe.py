@@ -99,9 +99,9 @@ class Signal(NamedTuple):
     add: Optional[Tensor] = None     # (2, B, H, T, D)    q_i + add_i, k_j + add_j
     extend: Optional[Tensor] = None  # (2, B, H, T, E)    q_i . k_j + extend_i . extend_j
 
-    def slice(self, start, stop):
-        """The signal of positions start to stop - 1 alone."""
-        return Signal(*(t if t is None else t[..., start:stop, :] for t in self))
+    def at(self, rows):
+        """The signal of some of the positions alone; rows: a slice, or indices."""
+        return Signal(*(t if t is None else t[..., rows, :] for t in self))
 
 
 def _rotate(x, cos, sin):
@@ -687,7 +687,7 @@ class GPT(Transformer):
         seen = 0
         for _ in range(max_new_tokens):
             T = idx.size(1)
-            x = self.transform(self.tokens(idx[:, seen:]), [s.slice(seen, T) for s in signals], caches)
+            x = self.transform(self.tokens(idx[:, seen:]), [s.at(slice(seen, T)) for s in signals], caches)
             seen = T if use_cache else 0
             logits = F.linear(x[:, -1], self.tokens.weight).float()
             if top_k is not None:
@@ -715,11 +715,12 @@ class ViT(Transformer):
         self.head = nn.Linear(C, config.n_classes)
         _init_weights(self.head)
 
-    def forward(self, images, targets=None, positions=None, interpolate=False):
+    def forward(self, images, targets=None, positions=None, interpolate=False, kept=None):
         """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
 
         positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those
-        of the training grid over a larger one instead of going beyond it.
+        of the training grid over a larger one instead of going beyond it. kept: indices of the patches to
+        look at, default all T.
         """
         patch = self.config.patch_size
         if images.size(-2) % patch or images.size(-1) % patch:
@@ -727,5 +728,8 @@ class ViT(Transformer):
         x = self.patches(images)                                                    # (B, C, h, w)
         signals = self.position_signals(x.shape[-2:], positions, interpolate)
         x = torch.cat([self.cls.expand(x.size(0), 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        if kept is not None:
+            rows = F.pad(kept + 1, (1, 0))      # the class token stays
+            x, signals = x[:, rows], [s.at(rows) for s in signals]
         logits = self.head(self.transform(x, signals)[:, 0])
         return logits, None if targets is None else F.cross_entropy(logits, targets)

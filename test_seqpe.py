@@ -627,7 +627,7 @@ def check_attention(model, positions, logit_of_layer, atol=1e-10):
     assert len(signals) == len(model.blocks)
     for layer, (block, signal) in enumerate(zip(model.blocks, signals)):
         slow = slow_attention(block.attn, x, logit_of_layer(layer))
-        fast = block.attn(x, signal.slice(cut, cut + len(positions)))
+        fast = block.attn(x, signal.at(slice(cut, cut + len(positions))))
         torch.testing.assert_close(fast, slow, rtol=0, atol=atol)
         plain = block.attn(x)
         assert (fast - plain).abs().max() > 0.01 or model.config.pe == "nope"     # the encoding has a say
@@ -777,17 +777,17 @@ def test_rope_on_a_grid_sees_only_differences(pe):
     model = make_vit(pe)
     x = randn(2, len(GRID), 16)
     for layer, block in enumerate(model.blocks):
-        here, moved, mirrored = (block.attn(x, model.pe(positions)[layer].slice(1, None))
+        here, moved, mirrored = (block.attn(x, model.pe(positions)[layer].at(slice(1, None)))
                                  for positions in (GRID, GRID + torch.tensor([5, 30]), GRID.flip(-1)))
         torch.testing.assert_close(here, moved, rtol=0, atol=1e-4)
         assert (here - mirrored).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("encoding", TEXT)
-def test_signal_slice(encoding):
+def test_signal_at(encoding):
     model = make_gpt(encoding)
     for whole, part in zip(model.pe(window((8,))), model.pe(window((8,))[3:7])):
-        for a, b in zip(whole.slice(3, 7), part):
+        for a, b in zip(whole.at(slice(3, 7)), part):
             assert (a is None) == (b is None)
             assert a is None or torch.allclose(a, b)
 
@@ -1248,6 +1248,19 @@ def test_vit_knows_where_a_patch_is_unless_it_has_no_encoding(encoding):
     assert sorted(permuted.flatten().tolist()) == sorted(x.flatten().tolist())
     assert permuted[:, :, :2, :2].equal(x[:, :, 2 * (order[0] // 4):, 2 * (order[0] % 4):][:, :, :2, :2])
     assert torch.allclose(model(permuted)[0], model(x)[0]) == (encoding == "nope")
+
+
+@pytest.mark.parametrize("encoding", IMAGE)
+def test_vit_sees_the_patches_that_are_kept_and_no_others(encoding):
+    model, x = make_vit(encoding), images(3, 2, 8, 8)                   # 4 x 4 patches
+    upper = torch.arange(8)                                             # two rows of them
+    cut = model(x[:, :, :4])[0]
+    torch.testing.assert_close(model(x, kept=upper)[0], cut)
+    torch.testing.assert_close(model(x, kept=upper[torch.randperm(8, generator=seeded())])[0], cut)
+    torch.testing.assert_close(model(x, kept=torch.arange(16))[0], model(x)[0])
+    positions = torch.stack([window((4, 4)).roll(i, 0) for i in range(3)])
+    torch.testing.assert_close(model(x, positions=positions, kept=upper)[0],
+                               model(x[:, :, :4], positions=positions[:, :8])[0])
 
 
 @pytest.mark.parametrize("encoding", IMAGE)
@@ -1967,8 +1980,8 @@ SMALL = ["--image-size", "8", "--patch-size", "2", "--n-layer", "1", "--n-head",
 
 
 def images_task(**settings):
-    settings = {**dict(data="digits", image_size=8, patch_size=2, batch_size=4, device="cpu"), **settings}
-    return train_vit.Images(argparse.Namespace(**settings))
+    usual = dict(data="digits", image_size=8, patch_size=2, batch_size=4, keep=0.5, device="cpu")
+    return train_vit.Images(argparse.Namespace(**usual | settings))
 
 
 def write_npz(path, **arrays):
@@ -2040,6 +2053,17 @@ def test_accuracy_counts_what_is_right():
     assert task.accuracy(model, "test", 12) == pytest.approx(100 * sum(right) / len(right))
 
 
+def test_a_step_looks_at_a_random_share_of_the_patches():
+    task = images_task()
+    kept = [task.batch(seeded(i))[2] for i in range(200)]
+    assert {len(k) for k in kept} == set(range(8, 17))          # of 16
+    assert all(len(k.unique()) == len(k) for k in kept)
+    assert torch.cat(kept).bincount().min() > 100               # any of them
+    assert torch.equal(kept[0], task.batch(seeded(0))[2])
+    assert len(images_task(keep=1.0).batch(seeded())[2]) == 16
+    assert len(images_task(keep=0.01).batch(seeded())[2]) >= 1
+
+
 def test_the_mode_is_chosen_on_validation_images(monkeypatch):
     task, asked = images_task(), Counter()
 
@@ -2108,6 +2132,7 @@ def test_images_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("arguments, said", [
+    (["--keep", 0], "above 0 and at most 1, got 0.0"), (["--keep", "nan"], "at most 1, got nan"),
     (["--image-size", 0], "at least 1, got 0"), (["--image-size", 9], "not divisible by patch_size=2"),
     (["--pe", "alibi"], "known: seqpe, rope"), (["--base", 4, "--digits", 1], "use --digits 2"),
     (["--data", "."], "Is a directory"), (["--n-embd", 12, "--n-head", 2, "--pe", "rope"], "rope in 2-D"),
