@@ -719,8 +719,8 @@ class ViT(Transformer):
         """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
 
         positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those
-        of the training grid over a larger one instead of going beyond it. kept: indices of the patches to
-        look at, default all T.
+        of the training grid over a larger one instead of going beyond it. kept: (n,) indices of the patches
+        to look at, default all T.
         """
         patch = self.config.patch_size
         if images.size(-2) % patch or images.size(-1) % patch:

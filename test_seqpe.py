@@ -1794,6 +1794,8 @@ def test_heat_map_is_a_picture_of_the_dot_products(monkeypatch):
         pixels = zip(grey[2 * row], grey[2 * row + 1])
         expected = "".join(" ░▒▓█"[round(2 * (upper + lower))] for upper, lower in pixels)
         assert line[:8] == expected
+    few = train_lm.heat_map(SeqPE(8, 2, n_digits=1), size=32).splitlines()     # shown once, as that is all
+    assert few[0].rstrip() == "e_i . e_j, 0 to 9" and all(len(line) == 10 for line in few[1:])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "\x1b[38;5;" in train_lm.heat_map(encoder, size=8)
 

@@ -130,8 +130,8 @@ class Images:
     def batch(self, generator):
         """Images, labels, and the patches that this step looks at (after PatchDropout, Liu et al. 2022).
 
-        Attention that always meets the same number of patches fails among nine times as many. Leaving out a
-        random share of them in training teaches it, with any encoding, to work with any number.
+        Attention that always meets the same number of patches tends to fail among nine times as many. Leaving
+        out a random share of them in training lets SeqPE and RoPE alike work with other numbers.
         """
         images, labels = self.splits["train"]
         which = torch.randint(len(labels), (self.args.batch_size,), generator=generator)
