@@ -128,10 +128,11 @@ class Images:
                              **self.about))
 
     def batch(self, generator):
-        """Images, labels, and the patches that this step looks at (after PatchDropout, Liu et al. 2022).
+        """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
 
-        Attention that always meets the same number of patches tends to fail among nine times as many. Leaving
-        out a random share of them in training lets SeqPE and RoPE alike work with other numbers.
+        A random share of the patches is left out in each step (after PatchDropout, Liu et al. 2022).
+        Attention that always meets the same number of them tends to fail among nine times as many; this lets
+        SeqPE and RoPE alike work with other numbers.
         """
         images, labels = self.splits["train"]
         which = torch.randint(len(labels), (self.args.batch_size,), generator=generator)
