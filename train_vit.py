@@ -24,7 +24,7 @@ from train_lm import Parser, at_least, check_digits, download, heat_map, run_all
 HERE = Path(__file__).resolve().parent
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MAGNIFICATIONS = (1, 1.5, 2, 2.5, 3)
-DEFAULTS = dict(n_embd=96, steps=2000, lr=1e-3, pe_lr=0.3, shift_prob=0.1, pieces=1,
+DEFAULTS = dict(n_embd=96, steps=4000, lr=1e-3, pe_lr=0.3, shift_prob=0.1, pieces=1,
                 digits=2, base=5)       # 5 ** 2 covers the 24 patches of 3x
 PRESETS = {"cifar10": dict(n_layer=6, n_head=6, n_embd=384, pe_width=96, batch_size=256, steps=20000)}
 
