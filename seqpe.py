@@ -225,7 +225,9 @@ class SeqPE(nn.Module):
     def forward(self, positions, check=True):
         """positions: (..., n_dim) integers, or plain (...,) ones when n_dim is 1 -> e_p: (..., n_embd).
 
-        Errors as position_to_digits. Positions on the CPU are checked without waiting for the encoder's GPU.
+        A last dimension of 1 is always taken for n_dim: (B, 1) gives (B, n_embd), (B, 1, 1) gives
+        (B, 1, n_embd). Errors as position_to_digits. Positions on the CPU are checked without waiting for the
+        encoder's GPU.
         """
         plain = self.n_dim == 1 and torch.is_tensor(positions)
         if plain and (positions.dim() < 2 or positions.size(-1) != 1):
@@ -609,7 +611,7 @@ class Transformer(nn.Module):
     def __init__(self, config, window, causal):
         super().__init__()
         _at_least_one(**{name: value for name, value in vars(config).items()
-                         if isinstance(value, int) and name != "spread"})
+                         if isinstance(value, int) and name not in ("dropout", "spread")})
         if config.pe not in ENCODINGS:
             raise ValueError(f"unknown position encoding {config.pe!r}; known: {', '.join(ENCODINGS)}")
         self.config, self.window = config, window       # the training window's shape
@@ -705,11 +707,11 @@ class ViT(Transformer):
     """An image classifier (Dosovitskiy et al. 2021) of the same blocks, for images of any size."""
 
     def __init__(self, config):
-        _at_least_one(patch_size=config.patch_size)
-        super().__init__(config, (config.image_size // config.patch_size,) * 2, causal=False)
         C, patch = config.n_embd, config.patch_size
+        _at_least_one(image_size=config.image_size, patch_size=patch)
         if config.image_size % patch:
             raise ValueError(f"image_size={config.image_size} is not divisible by patch_size={patch}")
+        super().__init__(config, (config.image_size // patch,) * 2, causal=False)
         self.patches = nn.Conv2d(config.n_channels, C, patch, stride=patch)
         self.cls = nn.Parameter(torch.randn(C) * 0.02)
         self.head = nn.Linear(C, config.n_classes)

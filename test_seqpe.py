@@ -15,10 +15,12 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -253,6 +255,7 @@ def test_one_dimension_needs_no_dimension():
     assert encoder(plain.view(2, 5, 1)).equal(encoder(plain.view(2, 5)))
     torch.testing.assert_close(encoder(plain.view(2, 5)).flatten(0, 1), e)
     assert encoder(plain.to(torch.uint8)).equal(e)
+    assert encoder(plain.view(10, 1, 1)).shape == (10, 1, 16)
 
 
 @pytest.mark.parametrize("n_dim", [1, 2])
@@ -1079,6 +1082,7 @@ def test_dropout_acts_in_training_only(encoding):
     torch.manual_seed(0)
     assert not torch.allclose(model(idx)[0], model(idx)[0])
     assert model.eval()(idx)[0].equal(plain(idx)[0])
+    assert make_gpt(encoding, dropout=0, spread=0)(idx)[0].equal(plain(idx)[0])     # shares, not sizes
 
 
 @pytest.mark.parametrize("encoding", TEXT)
@@ -1780,6 +1784,19 @@ def test_a_download_is_checked_once_and_a_wrong_one_is_kept_apart(tmp_path):
     with pytest.raises(ValueError, match="offline"):
         train_lm.download(source.as_uri(), path, good)
     assert not path.exists()
+
+
+def test_a_download_that_breaks_off_is_one_line_and_leaves_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer():
+            with server.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nten bytes.")
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/file"
+        with pytest.raises(ValueError, match=r"could not download .*10 bytes read"):
+            train_lm.download(url, tmp_path / "file", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_heat_map_is_a_picture_of_the_dot_products(monkeypatch):

@@ -10,6 +10,7 @@
 
 import argparse
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import timer
 from tqdm import tqdm
 
 from seqpe import (FUSIONS, GPT, GPTConfig, digits_needed, place_windows, position_regularizers,
@@ -123,7 +125,7 @@ def download(url, path, sha256):
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 write_file(path, response.read())
-        except OSError as error:        # URLError too
+        except (OSError, http.client.HTTPException) as error:       # no connection, or one that broke off
             raise ValueError(f"could not download {url} ({error}); offline? Put the file at {path}") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         bad = path.replace(path.with_name(path.name + ".bad"))
@@ -611,17 +613,10 @@ def jobs(pe, args):
     return found | {f"read {T}": partial(read, T) for T in lengths}
 
 
-def milliseconds(work, device):
-    if device != "cuda":
-        began = time.perf_counter()
-        work()
-        return 1000 * (time.perf_counter() - began)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+def milliseconds(work):
+    began = timer()     # torch's, which waits until a GPU has done what it was given
     work()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return 1000 * (timer() - began)
 
 
 def peak_memory(pe, name, args):
@@ -648,7 +643,7 @@ def bench(args, n_rounds=5):
     found = {}
     for _ in tqdm(range(n_rounds + 1), desc="time"):    # round by round: a drifting machine favours none
         for pe, name, work in works:
-            found.setdefault(f"{name}, ms", {}).setdefault(pe, []).append(milliseconds(work, args.device))
+            found.setdefault(f"{name}, ms", {}).setdefault(pe, []).append(milliseconds(work))
     found = {name: {pe: statistics.median(times[1:]) for pe, times in row.items()}
              for name, row in found.items()}
     found["step, characters/s"] = {pe: 1000 * args.batch_size * args.block_size / step

@@ -131,8 +131,7 @@ class Images:
         """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
 
         A random share of the patches is left out in each step (after PatchDropout, Liu et al. 2022).
-        Attention that always meets the same number of them tends to fail among nine times as many; this lets
-        SeqPE and RoPE alike work with other numbers.
+        Attention that always meets the same number of them tends to fail among nine times as many.
         """
         images, labels = self.splits["train"]
         which = torch.randint(len(labels), (self.args.batch_size,), generator=generator)
