@@ -1548,7 +1548,7 @@ def test_training_learns(tmp_path):
 
 
 def test_evaluation_scores_the_same_characters_at_every_length(corpus):
-    args = argparse.Namespace(data=str(corpus), block_size=8, device="cpu")
+    args = argparse.Namespace(data=str(corpus), block_size=8, sample=None, device="cpu")
     task = train_lm.Text(args)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=len(task.about), n_layer=1, n_head=2, n_embd=16,
@@ -1727,7 +1727,7 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, con
     (["--contrastive-weight", -0.1], "at least 0, got -0.1"), (["--device", "cudax"], "'cudax'"),
     (["--pe", "rope", "--n-embd", 10, "--n-head", 2], "rope in 1-D"),
     (["--nonsense"], "--nonsense"), (["--load", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
-    (["--data", "."], "Is a directory")])
+    (["--data", "."], "Is a directory"), (["--sample", "aZ"], "outside the vocabulary: 'Z'")])
 def test_arguments_that_cannot_be_used_are_one_line(corpus, tmp_path, monkeypatch, capsys, arguments, said):
     common = [*TINY, "--data", corpus, "--out", tmp_path / "out"]
     assert said in failure(capsys, monkeypatch, *common, *arguments)
@@ -1826,7 +1826,7 @@ RECORD = re.compile("@([a-z]{2})=([0-9]{3})")
 @pytest.fixture(scope="module")
 def recall():
     """The task on windows of 64 characters, of which 42 are records and questions."""
-    args = argparse.Namespace(data="recall", block_size=64, batch_size=16, device="cpu")
+    args = argparse.Namespace(data="recall", block_size=64, batch_size=16, sample=None, device="cpu")
     task = train_lm.Recall(args)
     task.val = task.val[:20_000]
     return task

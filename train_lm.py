@@ -176,6 +176,7 @@ class Text:
             raise ValueError(f"--data {args.data}: {len(train + val)} characters, {len(self.about)} "
                              f"different ones, are too few for --block-size {args.block_size}")
         self.train, self.val = self.encode(train), self.encode(val)
+        self.encode(args.sample or "")      # a prompt that cannot be read is said before training, not after
         if self.lengths[-1] >= len(val):
             self.lengths = [T for T in self.lengths if T < len(val)]
             print(f"{len(val)} characters of validation text: scored at context lengths {self.lengths} only")
