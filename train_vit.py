@@ -1,8 +1,9 @@
 """Train a small ViT on images of one size, then show it the same images enlarged, up to three times.
 
     python train_vit.py --pe seqpe          handwritten digits, which lie in data/: no download
-    python train_vit.py --pe all            every encoding in turn, on the same batches, in one table
-    python train_vit.py --data cifar10      or --data FILE.npz: other images
+    python train_vit.py --pe all --seed 0,1,2   every encoding, three seeds each
+    python train_vit.py --recipe paper      train SeqPE as the paper does
+    python train_vit.py --data FILE.npz     other images: uint8 `images`, integer `labels`
     python train_vit.py --resume            go on after Ctrl-C, a crash or a closed laptop
     python train_vit.py --load out/FILE.pt --eval
 
@@ -10,60 +11,99 @@ Against train_lm.py, a position has two coordinates in place of one. Nothing els
 """
 
 import math
-import tarfile
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from seqpe import ViT, ViTConfig
-from train_lm import Parser, at_least, check_digits, download, heat_map, run_all, run_script
+from seqpe import Transformer, TransformerConfig, window
+from train_lm import model_settings, parse, run_all, run_script
 
-HERE = Path(__file__).resolve().parent
-CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MAGNIFICATIONS = (1, 1.5, 2, 2.5, 3)
-DEFAULTS = dict(n_embd=96, steps=4000, lr=1e-3, pe_lr=0.3, shift_prob=0.1, pieces=1,
-                digits=2, base=5)       # 5 ** 2 covers the 24 patches of 3x
-PRESETS = {"cifar10": dict(n_layer=6, n_head=6, n_embd=384, pe_width=96, batch_size=256, steps=20000)}
+DEFAULTS = {"digits": dict(n_embd=96, steps=4000, lr=1e-3)}
+# For images ours is nearer to the paper's.
+RECIPES = {"ours": dict(shift_prob=0.1, pieces=1, pe_embd=0, fusion="scalar"), "paper": dict(fusion="mul")}
+
+# ------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class ViTConfig(TransformerConfig):
+    image_size: int = 32        # the training size, in pixels; no limit of the model
+    patch_size: int = 4
+    n_channels: int = 1
+    n_classes: int = 10
+
+
+class ViT(Transformer):
+    """An image classifier (Dosovitskiy et al. 2021) of seqpe.py's blocks, for images of any size."""
+
+    def __init__(self, config):
+        C, patch = config.n_embd, config.patch_size
+        if config.image_size % patch:
+            raise ValueError(f"image_size={config.image_size} is not divisible by patch_size={patch}")
+        super().__init__(config, (config.image_size // patch,) * 2, causal=False)
+        self.patches = nn.Conv2d(config.n_channels, C, patch, stride=patch)
+        self.cls = nn.Parameter(torch.randn(C) * 0.02)
+        self.head = nn.Linear(C, config.n_classes)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images, targets=None, positions=None, interpolate=False, kept=None):
+        """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
+
+        positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those
+        of the training grid over a larger one instead of going beyond it. kept: (n,) indices of the only
+        patches to look at, of the T there are.
+        """
+        patch = self.config.patch_size
+        if images.size(-2) % patch or images.size(-1) % patch:
+            raise ValueError(f"an image of {tuple(images.shape[-2:])} is not divisible by patch_size={patch}")
+        x = self.patches(images)                                                    # (B, C, h, w)
+        shape, x = x.shape[-2:], x.flatten(2).transpose(1, 2)                       # (B, T, C)
+        if kept is not None:
+            x = x[:, kept]
+            positions = (window(shape) if positions is None else positions)[..., kept, :]
+        x = torch.cat([self.cls.expand(x.size(0), 1, -1), x], dim=1)
+        logits = self.head(self.transform(x, self.signals(shape, positions, interpolate))[:, 0])
+        return logits, None if targets is None else F.cross_entropy(logits, targets)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
 
-def read_images(data):
-    """--data -> images (N, channels, height, width) as uint8, labels (N,), and which ones are the test's."""
+def read_images(data, size):
+    """--data -> images (n, channels, height, width) as uint8, labels (n,)."""
     if data == "digits":
-        path = HERE / "data" / "digits.csv.gz"
         # 64 pixels of 0 to 16, then the label
-        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
-        return table[:, :64].view(-1, 1, 8, 8) * 15, table[:, 64].long(), None
-    if data == "cifar10":
-        path = download(CIFAR10, HERE / "data" / "cifar-10-binary.tar.gz",
-                        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
-        with tarfile.open(path) as archive:     # read, never unpacked
-            files = sorted(name for name in archive.getnames() if name.endswith(".bin"))
-            parts = [np.frombuffer(archive.extractfile(name).read(), np.uint8) for name in files]
-        table = torch.from_numpy(np.concatenate(parts)).view(-1, 1 + 3 * 32 * 32)   # label, pixels
-        # Five training batches, then test_batch.bin.
-        is_test = torch.arange(len(table)) >= len(table) * 5 // 6
-        return table[:, 1:].view(-1, 3, 32, 32), table[:, 0].long(), is_test
-    try:
-        with np.load(data, allow_pickle=False) as arrays:
-            images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
-    except OSError as error:
-        raise ValueError(f"--data {data}: {error.strerror or 'not an .npz file'}; "
-                         "give digits, cifar10 or an .npz file") from None
-    except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
-        raise ValueError(f"--data {data}: not an .npz file with arrays `images` and `labels`") from None
-    images = images.unsqueeze(-1) if images.dim() == 3 else images
-    if (images.dtype != torch.uint8 or images.dim() != 4 or images.size(-1) not in (1, 3)
-            or images.numel() == 0 or labels.shape != images.shape[:1]
-            or labels.is_floating_point() or labels.min() < 0):
-        raise ValueError(f"--data {data}: images must be uint8 (N, height, width) or (N, height, width, 3), "
-                         "labels (N,) integers from 0")
-    return images.movedim(-1, 1), labels.long(), None
+        path = Path(__file__).resolve().parent / "data" / "digits.csv.gz"
+        table = np.loadtxt(path, np.uint8, delimiter=",")
+        images, labels = table[:, :64].reshape(-1, 8, 8) * 15, table[:, 64]
+    else:
+        try:
+            with np.load(data, allow_pickle=False) as arrays:
+                images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
+        except FileNotFoundError:
+            raise ValueError(f"--data {data}: no such file; give digits or an .npz file") from None
+        except Exception:       # whatever a damaged or foreign file makes numpy say
+            raise ValueError(f"--data {data}: not an .npz file with arrays `images` and `labels`") from None
+    images = images[..., None] if images.ndim == 3 else images
+    if (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size
+            or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
+            or labels.max() >= min(len(labels), 10_000)):
+        raise ValueError(f"--data {data}: images must be uint8, (n, height, width) or (n, height, width, 3), "
+                         f"labels (n,) integers from 0 to below n and 10,000; they are {images.dtype} "
+                         f"{images.shape} and {labels.dtype} {labels.shape}")
+    images = torch.from_numpy(images).movedim(-1, 1)
+    if max(images.shape[-2:]) > size:       # once and for all, as training would skip pixels
+        images = torch.cat([draw(each, size) for each in images.split(100)]).add(1).mul(127.5).round().byte()
+    return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def draw(images, size):
@@ -96,36 +136,29 @@ def augment(images, size, generator):
 
 class Images:
     """Classification, scored on the same images enlarged to more and more patches."""
-    tables = {"accuracy_extended": "% right, the grid extended, at a size of",
-              "accuracy_interpolated": "% right, the training grid interpolated, at a size of",
-              "accuracy": "% right, extended or interpolated as the validation images say, at a size of"}
+    form = ".1f"
 
     def __init__(self, args, about=None, read=True):
-        self.args, self.about = args, about
-        if not 0 < args.keep <= 1:
-            raise ValueError(f"--keep must be above 0 and at most 1, got {args.keep}")
-        patch = args.patch_size
+        self.args, self.about, patch = args, about, args.patch_size
         self.sizes = [round(args.image_size * m / patch) * patch for m in MAGNIFICATIONS]
         if not read:
             return
-        images, labels, is_test = read_images(args.data)
-        self.about = about or {"n_channels": images.size(1), "n_classes": int(labels.max()) + 1}
-        # Of every nine images one is for validation and, where there is no test set, two are one.
+        images, labels = read_images(args.data, args.image_size)
+        about = {"n_channels": images.size(1), "n_classes": int(labels.max()) + 1}
+        if self.about not in (None, about):
+            raise ValueError(f"--data {args.data} holds other images than those of training")
+        self.about = about
+        # Of every nine images two are for the test, and one is for validation: for choosing settings.
         ninth = torch.arange(len(images)) % 9
-        is_test = ninth > 6 if is_test is None else is_test
-        is_val = (ninth == 0) & ~is_test
         self.splits = {name: (images[of], labels[of]) for name, of in
-                       (("train", ~is_val & ~is_test), ("val", is_val), ("test", is_test))}
-        if not all(len(labels) for _, labels in self.splits.values()):
+                       (("train", (ninth > 0) & (ninth < 7)), ("val", ninth == 0), ("test", ninth > 6))}
+        if len(images) < 9:
             raise ValueError(f"--data {args.data}: {len(images)} images are too few")
 
     def model(self, pe):
         args = self.args
-        check_digits(pe, self.sizes[-1] // args.patch_size, args)
-        return ViT(ViTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, pe=pe,
-                             fusion=args.fusion, n_digits=args.digits, base=args.base, pe_width=args.pe_width,
-                             spread=args.spread, image_size=args.image_size, patch_size=args.patch_size,
-                             **self.about))
+        return ViT(ViTConfig(**model_settings(args, pe, self.sizes[-1] // args.patch_size), **self.about,
+                             image_size=args.image_size, patch_size=args.patch_size))
 
     def batch(self, generator):
         """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
@@ -140,49 +173,40 @@ class Images:
         n_kept = torch.randint(math.ceil(self.args.keep * n_patches), n_patches + 1, (), generator=generator)
         return images, labels[which], torch.randperm(n_patches, generator=generator)[:n_kept]
 
-    def loss(self, model, batch, positions=None):
-        """positions: (B, T, 2) or None."""
-        images, labels, kept = (t.to(self.args.device) for t in batch)
-        return model(images, labels, positions, kept=kept)[1]
+    def loss(self, model, batch, positions, bias):
+        images, labels, kept = batch
+        return model(images.to(self.args.device), labels.to(self.args.device), positions, kept=kept)[1]
 
     @torch.no_grad()
     def accuracy(self, model, split, size, interpolate=False):
-        right, (images, labels) = [], self.splits[split]
-        for images, labels in zip(images.split(100), labels.split(100)):
-            logits = model(draw(images, size).to(self.args.device), interpolate=interpolate)[0]
-            right.append(logits.argmax(-1).cpu() == labels)
-        return torch.cat(right).float().mean().item() * 100
+        right, (images, labels) = 0, self.splits[split]
+        for some in tqdm(torch.arange(len(labels)).split(100), f"{size} px", leave=False, delay=5):
+            logits = model(draw(images[some], size).to(self.args.device), interpolate=interpolate)[0]
+            right += (logits.argmax(-1).cpu() == labels[some]).sum().item()
+        return 100 * right / len(labels)
 
     def validate(self, model):
         return self.accuracy(model, "val", self.args.image_size)
 
     def evaluate(self, model):
-        extended, interpolated, chosen = {}, {}, {}
-        for size in self.sizes:
-            # A table cannot be extended, and at the training size there is nothing to do.
-            one_way = model.config.pe == "learned" or size == self.args.image_size
-            val, test = ([self.accuracy(model, split, size, interpolate) for interpolate in
-                          ([True] if one_way else [False, True])] for split in ("val", "test"))
-            extended[size], interpolated[size] = test[0], test[-1]
-            chosen[size] = test[val.index(max(val))]
-        return {"accuracy_extended": extended, "accuracy_interpolated": interpolated, "accuracy": chosen}
-
-    def format(self, percent):
-        return f"{percent:.1f}"
+        """{title of a table: {column: score}}. The learned table cannot be extended: both interpolate it."""
+        tables = {}
+        for way in ("interpolated", "extended"):
+            interpolate = way == "interpolated" or model.config.pe == "learned"
+            tables[f"% right, the grid {way}, at a size of"] = {
+                size: self.accuracy(model, self.args.split, size, interpolate) for size in self.sizes}
+        return tables
 
     def show(self, model):
-        if model.encoder:
-            print(f"\nafter training\n{heat_map(model.encoder)}")
+        """Nothing to sample."""
 
 
 def main(argv=None):
-    parser = Parser(__doc__, ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"])
-    parser.add_argument("--data", default="digits", help="digits, cifar10, or an .npz file")
-    parser.add_argument("--image-size", type=at_least(1), default=32, help="training size, in pixels")
-    parser.add_argument("--patch-size", type=at_least(1), default=4, help="size of a patch, in pixels")
-    parser.add_argument("--keep", type=float, default=0.25, help="least share of patches in a training step")
-    parser.set_defaults(**DEFAULTS)
-    return run_all(Images, parser.parse(argv, PRESETS))
+    options = (("--image-size", 32, 1, 4096, "training size, in pixels"),
+               ("--patch-size", 4, 1, 4096, "size of a patch, in pixels"),
+               ("--keep", 0.25, 1e-6, 1.0, "least share of patches in a training step"))
+    encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
+    return run_all(Images, parse(argv, __doc__, encodings, options, DEFAULTS, RECIPES))
 
 
 if __name__ == "__main__":
