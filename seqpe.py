@@ -187,16 +187,16 @@ class SeqPE(nn.Module):
         super().__init__()
         width = width or n_embd
         if max_position is None:
-            max_position = 20_000 if n_digits is None else base ** n_digits
-        if min(n_embd, n_head, n_layer, n_dim, width, max_position) < 1 or base < 2:
-            raise ValueError("SeqPE: sizes must be at least 1, and base at least 2")
-        n_digits = n_digits or next(n for n in range(1, 64) if base ** n >= max_position)
-        if not max_position <= base ** n_digits <= 2 ** 63 or max_position > 2 ** 30:
-            raise ValueError(f"SeqPE: max_position={max_position} is above 2 ** 30, or above base ** n_digits = "
-                             f"{base} ** {n_digits}, or that is above 2 ** 63")
+            max_position = base ** n_digits if n_digits else 20_000
+        if min(n_embd, n_head, n_layer, n_dim, width, max_position, base - 1) < 1 or max_position > 2 ** 30:
+            raise ValueError("SeqPE: sizes are at least 1, base at least 2 and max_position at most 2 ** 30")
+        n_digits = n_digits or next(n for n in range(1, 31) if base ** n >= max_position)
+        if not max_position <= base ** n_digits <= 2 ** 63:
+            raise ValueError(f"SeqPE: base ** n_digits = {base} ** {n_digits} must be at least max_position="
+                             f"{max_position}, and at most 2 ** 63")
         if n_embd % n_head or width % n_head or norm and n_embd == n_head:
-            raise ValueError(f"SeqPE: n_embd={n_embd} and width={width} must be divisible by n_head={n_head}, "
-                             "and a head with norm have more than one channel")
+            raise ValueError(f"SeqPE: n_embd={n_embd}, width={width} must be divisible by n_head={n_head}; "
+                             "with norm, a head must have more than one channel")
         self.n_embd, self.n_head, self.n_dim, self.n_digits, self.base = n_embd, n_head, n_dim, n_digits, base
         self.max_position, self.norm = max_position, norm
         self.symbol = nn.Embedding(base, width)         # which digit
@@ -378,9 +378,9 @@ def count_bias(positions, generator=None):
 
     A piece of n positions whose next piece starts `span` positions further on is a sample of span keys, which
     a long text would all have. So for queries of later pieces its keys count span / n times, as in sampled
-    softmax: the logarithm is added to their logits. Without it, heads that look far have only ever met T keys,
-    and drown among more. Counted in full, a single key that is looked for would be louder than in a long text:
-    so each window stands for one of another length, with log(span / n) times a random number from 0 to 1.
+    softmax: the logarithm is added to their logits. Without it, heads that look far only ever met T keys, and
+    drown among more. Counted in full, a single key that is looked for would be louder than in a long text: so
+    each window stands for one of another length, with log(span / n) times a random number from 0 to 1.
     """
     positions = positions.squeeze(-1)
     gap = F.pad(positions.diff() - 1, (0, 1))               # (B, T): positions left out behind each one
@@ -478,7 +478,7 @@ class PositionEncoding(nn.Module):
     def interpolate(self, shape):
         """The signals of a larger window: not further positions, but the training window's, stretched.
 
-        Position i of the larger one is as far along in the smaller: a fraction, and at the border past its end.
+        Position i of the larger one is as far along in the smaller: a fraction, at the border past its end.
         """
         return self((window(shape) + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
@@ -500,8 +500,9 @@ class RoPE(PositionEncoding):
         if config.pe == "rope_mixed":
             if self.n_dim != 2:
                 raise ValueError("rope_mixed is an encoding of images: it needs positions of 2 dimensions")
-            # Each half of the pairs looks along an axis, the two at right angles, turned at random in each head.
-            angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1) + torch.tensor([0, math.pi / 2])
+            # Each half of the pairs looks along an axis, the two at right angles, at random in each head.
+            angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1)
+            angle = angle + torch.tensor([0, math.pi / 2])
             axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)     # (n_layer, H, n_dim, 2, 1)
             self.learned = nn.Parameter((axes * self.magnitude()).flatten(-2))      # (n_layer, H, n_dim, D/2)
 
@@ -554,7 +555,8 @@ class LearnedTable(nn.Module):
         self.weight = nn.Parameter(torch.randn(*shape, n_embd) * 0.02)
 
     def forward(self, positions):
-        if positions.numel() and (positions.min() < 0 or (positions >= torch.tensor(self.shape)).any()):
+        limit = positions.new_tensor(self.shape)
+        if positions.numel() and (positions.min() < 0 or (positions >= limit).any()):
             lowest, highest = (tuple(end.tolist()) for end in positions.flatten(0, -2).aminmax(dim=0))
             raise ValueError(f"the learned table holds positions from 0 to below {self.shape}, "
                              f"got {lowest} to {highest}; interpolate=True stretches it")
@@ -587,8 +589,8 @@ class EmbeddingPE(PositionEncoding):
         add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
 
     The paper has scalar for text and mul for images, and W starts small and random (map_std). ours: it starts
-    as the identity (map_std=0). The position's part of a logit (scalar, add), or what the content's products are
-    weighed by (mul), is then what L_delta has already shaped: large nearby, and falling with distance.
+    as the identity (map_std=0). The position's part of a logit (scalar, add), or what the content's products
+    are weighed by (mul), is then what L_delta has already shaped: large nearby, and falling with distance.
     """
 
     def __init__(self, config, shape, class_token=False):
@@ -694,9 +696,9 @@ class GPT(Transformer):
     def forward(self, idx, targets=None, positions=None, bias=None, interpolate=False):
         """idx: (B, T) tokens -> logits (B, T, vocab_size) and, with targets (B, T), the mean loss in nats.
 
-        positions: (T, 1) or (B, T, 1), default 0 to T - 1. bias: (B, 1, T, T), for the logits of attention (see
-        count_bias). interpolate: stretch the positions of the training window over T instead of going beyond
-        it. Targets of -1 do not count.
+        positions: (T, 1) or (B, T, 1), default 0 to T - 1. bias: (B, 1, T, T), for the logits of attention
+        (see count_bias). interpolate: stretch the positions of the training window over T instead of going
+        beyond it. Targets of -1 do not count.
         """
         signals = self.signals(idx.shape[1:], positions, interpolate)
         if bias is not None:

@@ -76,17 +76,20 @@ def number(least, most):
     def parse(text):
         value = type(most)(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {text[:20]}")
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {text[:20]!r}")
         return value
     parse.__name__ = type(most).__name__        # for argparse's own message: invalid int value
     return parse
 
 
 def comma_list(kind):
-    return lambda text: [kind(each) for each in text.split(",")]
+    def parse(text):
+        return [kind(each) for each in text.split(",")]
+    parse.__name__ = kind.__name__
+    return parse
 
 
-def parse(argv, doc, encodings, options, defaults, recipes={}):
+def parse(argv, doc, encodings, options, defaults, recipes={}, more={}):
     """The arguments of a script; those not given come from recipes, else from defaults, else from RECIPES."""
     parser = Parser(description=(doc or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pe", type=comma_list(str), default=["seqpe"],
@@ -99,23 +102,24 @@ def parse(argv, doc, encodings, options, defaults, recipes={}):
         parser.add_argument(flag, type=number(least, most), default=default, help=f"{text} ({default})")
     parser.add_argument("--dropout", type=number(0, 0.9), default=0.0, help="in the model")
     parser.add_argument("--fusion", choices=FUSIONS, help="how SeqPE enters the model")
-    parser.add_argument("--sample", metavar="PROMPT", help="text to go on from at the end")
     parser.add_argument("--seed", type=comma_list(number(0, 2 ** 32)), default=[0], dest="seeds",
                         help="seed of everything random, or a comma list of them")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of checkpoints and results")
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds of this command")
     parser.add_argument("--load", type=Path, metavar="CHECKPOINT", help="look at a checkpoint instead")
-    parser.add_argument("--eval", action="store_true", help="with --load: print its table")
     parser.add_argument("--split", choices=("test", "val"), default="test",
                         help="what tables score; settings are chosen on val")
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds of this command")
+    parser.add_argument("--eval", action="store_true", help="with --load: print its table")
+    for flag, keywords in more.items():
+        parser.add_argument(flag, **keywords)
     args = parser.parse_args(argv)
     recipe = {flag[2:].replace("-", "_"): row[args.recipe == "paper"] for flag, row in RECIPES.items()}
     chosen = defaults.get(args.data, next(iter(defaults.values())))
     for name, value in {**recipe, **chosen, **recipes.get(args.recipe, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.pe = encodings if args.pe == ["all"] else list(dict.fromkeys(args.pe))
+    args.pe = encodings if "all" in args.pe else list(dict.fromkeys(args.pe))
     args.seeds = list(dict.fromkeys(args.seeds))
     if unknown := set(args.pe) - set(encodings):
         parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join([*encodings, 'all'])}")
@@ -174,8 +178,8 @@ class Text:
             self.about = "".join(map(chr, present.nonzero()[0]))
         self.splits = {name: self.encode(split) for name, split in text.items()}
         if len(self.about) < 2 or min(map(len, text.values())) <= self.lengths[-1]:
-            raise ValueError(f"--data {args.data}: {sum(map(len, text.values()))} characters, {len(self.about)} "
-                             f"different ones, a tenth of them for the test, are too few to read "
+            raise ValueError(f"--data {args.data}: {len(self.about)} different characters in splits of "
+                             f"{[len(split) for split in text.values()]} are too few to read "
                              f"{self.lengths[-1]} at once; try a smaller --reach or --block-size")
 
     def encode(self, text):
@@ -188,12 +192,14 @@ class Text:
         return torch.from_numpy(idx)
 
     def model(self, pe):
-        prompt = self.encode(self.args.sample or "")
-        model = GPT(GPTConfig(**model_settings(self.args, pe, self.lengths[-1]), vocab_size=len(self.about),
-                              block_size=self.args.block_size))
-        if len(prompt) > (model.pe.max_position or math.inf):       # said before training, not after
-            raise ValueError(f"--sample: {len(prompt)} characters, and {pe} holds {model.pe.max_position}")
-        return model
+        return GPT(GPTConfig(**model_settings(self.args, pe, self.lengths[-1]), vocab_size=len(self.about),
+                             block_size=self.args.block_size))
+
+    def check(self, model):
+        """What would go wrong after the training is said before."""
+        n, limit = len(self.encode(self.args.sample or "")), model.pe.max_position or math.inf
+        if n > limit:
+            raise ValueError(f"--sample: {n} characters, and {model.config.pe} holds {limit} positions")
 
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
@@ -348,13 +354,22 @@ def settings(args):
     return {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
 
 
-def read_checkpoint(path, args):
+def read_checkpoint(path, args, task=None):
+    """The checkpoint at path; with a task, of the same arguments and data."""
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         json.dumps([checkpoint[key] for key in ("settings", "about", "step")])      # plain values all of them
-        if checkpoint["settings"].keys() != settings(args).keys():
-            raise KeyError
-        return checkpoint
+        theirs, ours = checkpoint["settings"], settings(args)
+        if theirs.keys() != ours.keys() or any(here is not None and type(theirs[name]) is not type(here)
+                                               for name, here in ours.items()):
+            raise TypeError
+    for name in ours if task else ():
+        if theirs[name] != ours[name]:
+            raise ValueError(f"{path}: --{name.replace('_', '-')} is {theirs[name]} there, {ours[name]} here; "
+                             "another --out starts anew")
+    if task and checkpoint["about"] != task.about:
+        raise ValueError(f"{path} was trained on other data than {args.data} now holds")
+    return checkpoint
 
 
 def check_finite(model, where):
@@ -375,7 +390,7 @@ def training_loss(task, model, batch, args):
         windows = place_windows(model.shape, 8, encoder.max_position, args.pieces)      # (8, T, n_dim)
         which = torch.arange(args.batch_size) % 8
         positions = windows[which]                                                      # (B, T, n_dim)
-        if args.pieces > 1:
+        if args.pieces > 1 and encoder.n_dim == 1:
             bias = count_bias(windows)[which].to(args.device)                           # (B, 1, T, T)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(model, batch, positions, bias)
@@ -395,7 +410,7 @@ def train(task, args, path, stop):
                "weight_decay": 0.1 * is_matrix} for is_matrix in (False, True)]     # only matrices decay
     optimizer, first = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), 0
     if path.exists():
-        checkpoint = read_checkpoint(path, args)
+        checkpoint = read_checkpoint(path, args, task)
         with reading(path):
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -404,6 +419,7 @@ def train(task, args, path, stop):
             if args.device == "cuda":
                 torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
             first = int(checkpoint["step"])
+        check_finite(model, path)
         print(f"{path}: {'finished' if first == args.steps else f'going on from step {first}'}")
     elif model.encoder and args.pe_warmup:
         print(f"warming up SeqPE's encoder for {args.pe_warmup} steps")
@@ -437,12 +453,13 @@ def train(task, args, path, stop):
             bar.set_postfix(shown | {"loss": f"{loss.item():.3f}"})
         if step % 100 == 99 or last or stop:
             save()
-            shown["val"] = f"{task.validate(model):.3f}"
+            shown["val"] = f"{task.validate(model.eval()):.3f}"
+            model.train()
         if stop and not last:
             bar.close()
             print(f"{path} holds step {step + 1} of {args.steps}; --resume goes on from there")
             raise KeyboardInterrupt
-    return model
+    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -483,8 +500,8 @@ def chart(title, form, rows):
         spread = [statistics.pstdev(s) * (len(s) / max(1, len(s) - 1)) ** 0.5 for s in scores[pe]]
         line = " ".join(f"{a:.0f},{y(m):.1f}" for a, m in zip(x, mean[pe]))
         bars = "".join(f"M{a:.0f},{y(m - s):.1f}V{y(m + s):.1f}" for a, m, s in zip(x, mean[pe], spread))
-        svg.append(f'<g{" class=us" if pe == "seqpe" else ""}><polyline points="{line}"/><path d="{bars}"/>'
-                   f'<text x="297" y="{name_at:.1f}">{pe}</text></g>')
+        svg.append(f'<g class="{"us" if pe == "seqpe" else "them"}"><polyline points="{line}"/>'
+                   f'<path d="{bars}"/><text x="297" y="{name_at:.1f}">{pe}</text></g>')
     return "\n".join([SVG, *svg, "</svg>", ""])
 
 
@@ -538,8 +555,9 @@ def run_all(make_task, args):
             vars(args).update(checkpoint["settings"])
             model = make_task(args, checkpoint["about"], read=False).model(args.pe)
             model.load_state_dict(checkpoint["model"])
-        check_finite(model, args.load)
+        check_finite(model.to(args.device).eval(), args.load)
         task = make_task(args, checkpoint["about"], read=args.eval)
+        task.check(model)
         for title, row in task.evaluate(model).items() if args.eval else ():
             print(table(title, task.form, {args.pe: [row]}))
         return task.show(model)
@@ -549,16 +567,11 @@ def run_all(make_task, args):
     runs = [(pe, seed, args.out / f"{Path(args.data).stem}-{pe}-seed{seed}.pt")
             for seed in args.seeds for pe in encodings]
     for args.pe, args.seed, path in runs:       # what is wrong with any is said before the first is trained
-        task.model(args.pe)
+        task.check(task.model(args.pe))
         if path.exists():
+            read_checkpoint(path, args, task)
             if not args.resume:
                 raise ValueError(f"{path} exists: --resume goes on with it, another --out starts anew")
-            theirs = read_checkpoint(path, args)
-            for name, here in settings(args).items():
-                if (there := theirs["settings"][name]) != here:
-                    raise ValueError(f"{path}: --{name.replace('_', '-')} is {there} there, and {here} here")
-            if theirs["about"] != task.about:
-                raise ValueError(f"{path} was trained on other data than {args.data} now holds")
 
     def on_signal(*_):      # the first one ends the step and saves, the second one ends the program
         if stop:
@@ -612,10 +625,11 @@ def bench(task, args, n_rounds=5):
 
 def main(argv=None):
     options = (("--block-size", 128, 1, 65536, "training length, in characters"),
-               ("--reach", 16, 1, 1024, "how many times that length is read at the end"),
-               ("--bench", 0, 0, 1, "1: measure speed instead"))
+               ("--reach", 16, 1, 1024, "how many times that length is read at the end"))
     encodings = ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
-    args = parse(argv, __doc__, encodings, options, DEFAULTS)
+    more = {"--sample": dict(metavar="PROMPT", help="text to go on from at the end"),
+            "--bench": dict(action="store_true", help="measure speed instead")}
+    args = parse(argv, __doc__, encodings, options, DEFAULTS, more=more)
     if args.bench:
         args.reach = 64
         return bench(Text(args), args)

@@ -197,8 +197,11 @@ class Images:
                 size: self.accuracy(model, self.args.split, size, interpolate) for size in self.sizes}
         return tables
 
+    def check(self, model):
+        """Nothing is left that could go wrong after the training."""
+
     def show(self, model):
-        """Nothing to sample."""
+        """There is nothing to sample."""
 
 
 def main(argv=None):
