@@ -1030,12 +1030,13 @@ def subprocess_of(script, arguments, **environment):
 def test_all_encodings_are_trained_and_recorded(script, data, tmp_path, capsys):
     """Table, JSON and SVG say the same; two seeds are two runs; the same seed gives the same numbers."""
     results = run(script, data, tmp_path / "out", "--pe", "all", "--seed", "0,1", "--steps", 8)
-    printed, record = capsys.readouterr().out, json.loads((tmp_path / "out" / "own.json").read_text())
+    stem = f"own-{','.join(OF_SCRIPT[script])}-seed0,1"
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "out" / f"{stem}.json").read_text())
     assert record["results"] == json.loads(json.dumps(results)) and record["arguments"]["steps"] == 8
     columns, form = ([8, 16, 32, 64, 128], ".3f") if script is train_lm else ([8, 12, 16, 20, 24], ".1f")
     for i, (title, rows) in enumerate(results.items()):
         assert title in printed and list(rows) == OF_SCRIPT[script]
-        svg = ElementTree.parse(tmp_path / "out" / f"own{i or ''}.svg").getroot()
+        svg = ElementTree.parse(tmp_path / "out" / f"{stem}{'-1' if i else ''}.svg").getroot()
         lines = {g[-1].text: g for g in svg.iter() if g.tag.endswith("}g")}
         means = {pe: [statistics.mean(s[c] for s in row) for c in columns] for pe, row in rows.items()}
         ends = sum(means.values(), []) if script is train_lm else [0, 100]
@@ -1141,7 +1142,8 @@ def test_an_interrupted_run_shows_and_keeps_what_is_finished(script, data, tmp_p
     printed = capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert re.search(r"^rope +\|", printed, re.M) and "holds step 3 of 30; --resume goes on" in printed
-    for rows in json.loads((tmp_path / "out" / "own.json").read_text())["results"].values():
+    (record,) = (tmp_path / "out").glob("own-*.json")
+    for rows in json.loads(record.read_text())["results"].values():
         assert list(rows) == ["rope"]
     calls = on_step(monkeypatch, 0, None)
     results, printed = run(*arguments, "--resume"), capsys.readouterr().out
@@ -1171,7 +1173,7 @@ def test_two_at_once_on_an_ascii_console(corpus, tmp_path):
     for process in [subprocess_of(train_lm, arguments, PYTHONIOENCODING="ascii") for _ in range(2)]:
         printed, errors = process.communicate(timeout=100)
         assert process.returncode == 0 and "Traceback" not in errors and "\n?" in printed
-    assert [*contents(tmp_path / "out")] == ["own-seqpe-seed0.pt", "own.json", "own.svg"]
+    assert [*contents(tmp_path / "out")] == [f"own-seqpe-seed0.{end}" for end in ("json", "pt", "svg")]
     train_lm.main(["--load", str(tmp_path / "out" / "own-seqpe-seed0.pt"), "--eval"])
 
 
@@ -1188,7 +1190,7 @@ def test_stopped_at_any_moment_a_run_can_be_resumed(corpus, tmp_path, how, code)
         process.send_signal(signal.SIGKILL if code == -9 else signal.SIGINT)
     assert "Traceback" not in process.stderr.read() and process.wait(100) == code
     assert torch.load(path)["step"] >= min(100, steps)
-    assert code == -9 or [*contents(tmp_path / "out")] == [path.name]
+    assert code == -9 or not [name for name in contents(tmp_path / "out") if name.endswith(".tmp")]
     assert code != 2 or run(train_lm, corpus, tmp_path / "out", "--steps", steps, "--resume")
 
 
@@ -1321,7 +1323,8 @@ def test_what_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch, capsys,
     on_step(monkeypatch, step, spoil)
     said = failure(capsys, train_lm, corpus, tmp_path / "out", "--pe", "rope,nope")
     assert ("nope: a loss of nan at step 20" if at == "loss" else "nope at step 30: weights that") in said
-    assert [*contents(tmp_path / "out")] == ["own-rope-seed0.pt", "own.json", "own.svg"]
+    assert [*contents(tmp_path / "out")] == [
+        "own-rope,nope-seed0.json", "own-rope,nope-seed0.svg", "own-rope-seed0.pt"]
 
 
 def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, monkeypatch, capsys):
@@ -1437,7 +1440,7 @@ def test_recall_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(train_lm.Recall, "n_evaluated", 4)
     results = run(train_lm, "recall", tmp_path, "--block-size", 48, "--steps", 2, "--pe", "seqpe,learned")
     rows = results["% of answers right with a context of"]
-    assert list(rows["learned"][0]) == [48, 96, 192, 384, 768] and (tmp_path / "recall.svg").exists()
+    assert list(rows["learned"][0]) == [48, 96, 192, 384, 768] and list(tmp_path.glob("*.svg"))
 
 
 @pytest.mark.parametrize("pieces, shifted_ood", [(1, 1), (3, 0)])
@@ -1693,5 +1696,5 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypat
     warm_up(model.positions.encoder, (example["T"],))
     shifted = losses_of_a_host(copy.deepcopy(model), example, text, 300, shifting=True)
     assert shifted[0] < 2.2 and max(shifted) < shifted[0] + 0.05, shifted
-    whole = losses_of_a_host(model, example, text, 60, shifting=False)
+    whole = losses_of_a_host(model, example, text, 100, shifting=False)
     assert whole[2] > whole[0] + 0.15, whole

@@ -398,7 +398,7 @@ def training_loss(task, model, batch, args):
         return loss
     distill_weight = args.distill_weight if args.shifted_ood or not shifted else 0.0
     return loss + position_regularizers(encoder, model.shape, args.contrastive_weight, distill_weight,
-                                        paper=args.paper_groups)
+                                        n_groups=16 if args.paper_groups else 4, paper=args.paper_groups)
 
 
 def train(task, args, path, stop):
@@ -479,7 +479,7 @@ def table(title, form, rows):
     return "\n".join([*lines, ""])
 
 
-def chart(title, form, rows):
+def chart(title, rows):
     """The same as an SVG: a line through the means, a bar for the spread, SeqPE's in red."""
     columns = list(next(iter(rows.values()))[0])
     scores = {pe: [[seed[column] for seed in seeds] for column in columns] for pe, seeds in rows.items()}
@@ -497,7 +497,7 @@ def chart(title, form, rows):
     name_at = math.inf
     for pe in sorted(mean, key=lambda pe: mean[pe][-1]):        # from the bottom up: names make way
         name_at = min(y(mean[pe][-1]) + 4, name_at - 13)
-        spread = [statistics.pstdev(s) * (len(s) / max(1, len(s) - 1)) ** 0.5 for s in scores[pe]]
+        spread = [statistics.stdev(s) if len(s) > 1 else 0.0 for s in scores[pe]]
         line = " ".join(f"{a:.0f},{y(m):.1f}" for a, m in zip(x, mean[pe]))
         bars = "".join(f"M{a:.0f},{y(m - s):.1f}V{y(m + s):.1f}" for a, m, s in zip(x, mean[pe], spread))
         svg.append(f'<g class="{"us" if pe == "seqpe" else "them"}"><polyline points="{line}"/>'
@@ -533,14 +533,14 @@ def heat_map(encoder, size=32):
 
 
 def report(task, results, args):
-    """results {table: {encoding: [row of each seed]}}: printed, as numbers, and as charts."""
-    stem = Path(args.data).stem
+    """results {table: {encoding: [row of each seed]}} as JSON, as charts and, printed, as tables."""
+    stem = f"{Path(args.data).stem}-{','.join(args.pe)}-seed{','.join(map(str, args.seeds))}"
+    record = {"device": args.device, "split": args.split, "arguments": settings(args), "results": results}
+    write_file(args.out / f"{stem}.json", json.dumps(record, indent=1).encode())
     for i, (title, rows) in enumerate(results.items()):
+        write_file(args.out / f"{stem}{f'-{i}' if i else ''}.svg", chart(title, rows).encode())
+    for title, rows in results.items():
         print("\n" + table(title, task.form, rows))
-        write_file(args.out / f"{stem}{i or ''}.svg", chart(title, task.form, rows).encode())
-    if results:
-        record = {"device": args.device, "split": args.split, "arguments": settings(args), "results": results}
-        write_file(args.out / f"{stem}.json", json.dumps(record, indent=1).encode())
 
 
 def run_all(make_task, args):
@@ -591,7 +591,8 @@ def run_all(make_task, args):
         for each, handler in before:
             signal.signal(each, handler)
         args.pe, args.seed = encodings, args.seeds
-        report(task, results, args)
+        if results:
+            report(task, results, args)
     return results
 
 
