@@ -442,7 +442,6 @@ class TransformerConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    dropout: float = 0.0
     pe: str = "seqpe"           # a key of ENCODINGS; what follows is for SeqPE alone
     fusion: str = "scalar"      # how its e_p enters the model, a key of FUSIONS
     max_position: int = 2048    # these as SeqPE has them
@@ -451,7 +450,7 @@ class TransformerConfig:
     pe_dropout: float = 0.0
     pe_norm: Optional[float] = None
     pe_embd: Optional[int] = None       # size of e_p, n_embd if not given; for the fusion "scalar" alone
-    map_std: float = 0.02       # of the maps W at the start; 0: they start as the identity
+    map_std: float = 0.02       # of the maps W at the start; 0: multiples of the identity
 
 
 @dataclass
@@ -503,7 +502,7 @@ class RoPE(PositionEncoding):
             # Each half of the pairs looks along an axis, the two at right angles, at random in each head.
             angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1)
             angle = angle + torch.tensor([0, math.pi / 2])
-            axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)     # (n_layer, H, n_dim, 2, 1)
+            axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)    # (n_layer, H, n_dim, 2, 1)
             self.learned = nn.Parameter((axes * self.magnitude()).flatten(-2))      # (n_layer, H, n_dim, D/2)
 
     def magnitude(self):
@@ -588,9 +587,10 @@ class EmbeddingPE(PositionEncoding):
         mul     q_i * eq_i and k_j * ek_j,      [eq, ek] = W e, a W for each layer
         add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
 
-    The paper has scalar for text and mul for images, and W starts small and random (map_std). ours: it starts
-    as the identity (map_std=0). The position's part of a logit (scalar, add), or what the content's products
-    are weighed by (mul), is then what L_delta has already shaped: large nearby, and falling with distance.
+    The paper has scalar for text and mul for images, and W starts small and random (map_std). ours, map_std=0:
+    eq . ek / sqrt(D) starts as gain * e_i . e_j, which L_delta has already made large nearby and falling with
+    distance. The heads' gains go from 1 down to 1/64 (of four heads): some begin by looking nearby, some
+    everywhere. Under mul W starts as the identity: a gain would scale the content's part of the logit.
     """
 
     def __init__(self, config, shape, class_token=False):
@@ -611,10 +611,12 @@ class EmbeddingPE(PositionEncoding):
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(n_maps))
+        gain = 2.0 ** (-8 * torch.arange(config.n_head) / config.n_head) * self.head_dim ** 0.5
+        gain = torch.ones(size) if self.fusion == "mul" else gain.repeat_interleave(size // config.n_head)
         for W in self.maps:
             nn.init.normal_(W.weight, std=config.map_std)
             if not config.map_std:
-                W.weight.data.copy_(torch.eye(size).repeat(2, 1))
+                W.weight.data.copy_(gain.sqrt().diag().repeat(2, 1))
 
     def forward(self, positions):
         if positions.dim() == 2:
@@ -656,9 +658,8 @@ class Transformer(nn.Module):
     def __init__(self, config, shape, causal):
         super().__init__()
         self.config, self.shape = config, shape         # the training window's shape
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config.n_embd, config.n_head, causal, config.dropout)
-                                    for _ in range(config.n_layer))
+        blocks = (Block(config.n_embd, config.n_head, causal) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(blocks)
         self.ln = nn.LayerNorm(config.n_embd)
         self.apply(_init_weights)
         for block in self.blocks:       # GPT-2: the residual stream's variance does not grow with depth
@@ -679,7 +680,6 @@ class Transformer(nn.Module):
 
     def transform(self, x, signals, caches=None):
         """Token embeddings x (B, T, C) through all the blocks."""
-        x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             x = block(x, signals[i], caches[i] if caches else None)
         return self.ln(x)

@@ -1,6 +1,6 @@
-"""The tests: the arithmetic of seqpe.py against slow loops in float64, what is promised of it, and the path of
-tensors between host and GPU, for which no GPU is needed; then the scripts as a user runs them, interrupts them
-and mistypes them; then what the README says.
+"""The tests: the arithmetic of seqpe.py against slow loops in float64, what is promised of it, and the path
+of tensors between host and GPU, for which no GPU is needed; then the scripts as a user runs them, interrupts
+them and mistypes them; then what the README says.
 """
 
 import copy
@@ -868,7 +868,7 @@ ERRORS = {
     "n_embd and n_head": (lambda: SeqPE(10, 4), ValueError, "n_embd=10.*n_head=4"),
     "width and n_head": (lambda: SeqPE(8, 4, width=6), ValueError, "width=6.*n_head=4"),
     "one channel a head": (lambda: SeqPE(4, norm=3.0), ValueError, "norm.*more than one channel"),
-    "too few digits": (lambda: SeqPE(8, n_digits=3, max_position=1001), ValueError, r"10 \*\* 3 must be.*1001"),
+    "too few digits": (lambda: SeqPE(8, n_digits=3, max_position=1001), ValueError, r"10 \*\* 3 must.*1001"),
     "too many digits": (lambda: SeqPE(8, base=2, n_digits=64, max_position=9), ValueError, r"2 \*\* 63"),
     "too many positions": (lambda: SeqPE(8, max_position=2 ** 30 + 1), ValueError, r"2 \*\* 30"),
     "far too many": (lambda: SeqPE(8, base=2, max_position=2 ** 63 + 1), ValueError, r"2 \*\* 30"),
@@ -1101,7 +1101,7 @@ def test_arguments_come_before_recipes_and_those_before_defaults(script):
         assert {name: args[name] for name in said} == said | {"steps": 7, "lr": 0.0}
 
 
-@pytest.mark.parametrize("arguments", [["--recipe", "paper"], ["--dropout", 0.5], ["--pieces", 4],
+@pytest.mark.parametrize("arguments", [["--recipe", "paper"], ["--pe-dropout", 0.5], ["--pieces", 4],
                                        ["--shifted-ood", 0, "--paper-groups", 1]], ids=str)
 def test_any_recipe_is_trained_and_scored_without_dropout(script, data, tmp_path, monkeypatch, arguments):
     """--resume shows a finished run again, the very same numbers, and does not train."""
@@ -1119,7 +1119,7 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(corpus, tmp_path, monk
     def crash(model, loss):
         raise MemoryError("out of memory")
 
-    arguments = ["--steps", 103, "--dropout", 0.1, "--pe-dropout", 0.1, "--reach", 1]
+    arguments = ["--steps", 103, "--pe-dropout", 0.1, "--reach", 1]
     run(train_lm, corpus, tmp_path, *arguments)
     whole = torch.load(tmp_path / "own-seqpe-seed0.pt")["model"]
     for step, action, code in ((1, kill_with(signal.SIGINT), 130), (55, kill_with(signal.SIGTERM), 130),
@@ -1347,7 +1347,7 @@ def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, monk
 def test_random_command_lines_are_accepted_or_one_line(script, data, tmp_path, monkeypatch, capsys):
     """Whatever is accepted is finite and in range; a few small ones are run to their end."""
     rng, accepted, n_refused, n_well = random.Random(0), [], 0, 0
-    numbers = [*train_lm.RECIPES, *(flag for flag, *_ in train_lm.OPTIONS), "--dropout", "--seed"]
+    numbers = [*train_lm.RECIPES, *(flag for flag, *_ in train_lm.OPTIONS), "--seed"]
     numbers += [f"--{name}" for name in SIZE[script]]
     words = {"--pe": [*OF_SCRIPT[script], "all", "seqpe,rope", ","], "--recipe": ["ours", "paper"],
              "--data": [data, "nowhere"], "--fusion": ["scalar", "mul", "add", "input"],

@@ -46,7 +46,7 @@ RECIPES = {     # all that two ways to train SeqPE differ in: ours, the paper's,
     "--paper-groups": (0, 1, 1, "1: draw and compare groups in L_delta as the paper does"),
     "--pe-warmup": (1000, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
     "--pe-norm": (6.0, 0.0, 1e3, "length of e_p in each head; 0: as it comes"),
-    "--map-std": (0.0, 0.02, 1e3, "of the maps W at the start; 0: the identity"),
+    "--map-std": (0.0, 0.02, 1e3, "of the maps W at the start; 0: multiples of the identity"),
     "--pe-width": (64, 0, 8192, "width of SeqPE's encoder; 0: the model's"),
     "--pe-embd": (64, 0, 8192, "size of e_p for the fusion scalar; 0: the model's width"),
     "--pe-dropout": (0.0, 0.1, 0.9, "dropout in SeqPE's encoder"),
@@ -100,7 +100,6 @@ def parse(argv, doc, encodings, options, defaults, recipes={}, more={}):
         parser.add_argument(flag, type=number(0, most), help=f"{text} (ours {ours}, the paper's {paper:.3g})")
     for flag, default, least, most, text in (*OPTIONS, *options):
         parser.add_argument(flag, type=number(least, most), default=default, help=f"{text} ({default})")
-    parser.add_argument("--dropout", type=number(0, 0.9), default=0.0, help="in the model")
     parser.add_argument("--fusion", choices=FUSIONS, help="how SeqPE enters the model")
     parser.add_argument("--seed", type=comma_list(number(0, 2 ** 32)), default=[0], dest="seeds",
                         help="seed of everything random, or a comma list of them")
@@ -365,8 +364,8 @@ def read_checkpoint(path, args, task=None):
             raise TypeError
     for name in ours if task else ():
         if theirs[name] != ours[name]:
-            raise ValueError(f"{path}: --{name.replace('_', '-')} is {theirs[name]} there, {ours[name]} here; "
-                             "another --out starts anew")
+            raise ValueError(f"{path}: --{name.replace('_', '-')} is {theirs[name]} there, "
+                             f"{ours[name]} here; another --out starts anew")
     if task and checkpoint["about"] != task.about:
         raise ValueError(f"{path} was trained on other data than {args.data} now holds")
     return checkpoint
@@ -408,6 +407,9 @@ def train(task, args, path, stop):
     model = task.model(args.pe).to(args.device)
     groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == is_matrix],
                "weight_decay": 0.1 * is_matrix} for is_matrix in (False, True)]     # only matrices decay
+    # An encoding's gradient is clipped apart from the model's, as either may be much the larger.
+    of_pe = set(model.pe.parameters())
+    parts = [p for p in model.parameters() if p not in of_pe], [p for p in model.parameters() if p in of_pe]
     optimizer, first = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), 0
     if path.exists():
         checkpoint = read_checkpoint(path, args, task)
@@ -443,7 +445,8 @@ def train(task, args, path, stop):
             group["lr"] = rate
         loss = training_loss(task, model, task.batch(data), args)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in parts:
+            torch.nn.utils.clip_grad_norm_(part, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         last = step + 1 == args.steps
@@ -567,7 +570,11 @@ def run_all(make_task, args):
     runs = [(pe, seed, args.out / f"{Path(args.data).stem}-{pe}-seed{seed}.pt")
             for seed in args.seeds for pe in encodings]
     for args.pe, args.seed, path in runs:       # what is wrong with any is said before the first is trained
-        task.check(task.model(args.pe))
+        with torch.device("meta"):      # no memory is needed yet
+            model = task.model(args.pe)
+        if (n := sum(parameter.numel() for parameter in model.parameters())) > 10 ** 9:
+            raise ValueError(f"{args.pe}: a model of {n:,} weights is too large for this script")
+        task.check(model)
         if path.exists():
             read_checkpoint(path, args, task)
             if not args.resume:
@@ -645,7 +652,8 @@ def run_script(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[0]}", file=sys.stderr)
+        hint = "" if isinstance(error, (ValueError, OSError)) else "out of memory, try smaller sizes: "
+        print(f"{Path(sys.argv[0]).name}: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
