@@ -560,7 +560,12 @@ def test_seqpe_enters_attention_as_the_paper_writes(make, positions, fusion, set
     small, same = (start(f"seqpe-{fusion}", map_std=std, **settings).pe.maps for std in (0.05, 0))
     for small, same in zip(small, same):
         assert small.weight.std().item() == pytest.approx(0.05, rel=0.3)
-        assert same(e).equal(torch.cat([e, e], dim=-1))     # the logit is the dot product of embeddings
+        for head, gain in enumerate((1, 1 / 16)):       # eq . ek / sqrt(D) starts as gain * e_i . e_j
+            e_h, e_q, e_k = (x.chunk(2, dim=-1)[head] for x in (e, *same(e).chunk(2, dim=-1)))
+            if fusion == "mul":
+                assert e_q.equal(e_h) and e_k.equal(e_h)
+            else:
+                assert_close(e_q @ e_k.T / math.sqrt(8), gain * e_h @ e_h.T)
 
 
 def turned(x, angles):

@@ -605,19 +605,20 @@ def run_all(make_task, args):
 
 def bench(task, args, n_rounds=5):
     """Median milliseconds of a training step and of reading, as multiples of the last encoding's, too."""
-    data, jobs = torch.Generator().manual_seed(0), {}
-    for pe in args.pe:
-        model = task.model(pe).to(args.device)
+    def jobs_of(pe):
+        model, data = task.model(pe).to(args.device), torch.Generator().manual_seed(0)
 
-        def step(model=model):
+        def step():
             training_loss(task, model, task.batch(data), args).backward()
             model.zero_grad()
 
         @torch.no_grad()
-        def read(T, model=model):
-            model(torch.zeros(1, T, dtype=torch.long, device=args.device), interpolate=True)
+        def read(T):
+            model(torch.zeros(1, T, dtype=torch.long, device=args.device), interpolate=pe == "learned")
 
-        jobs[pe] = {"step": step, **{f"read {T}": partial(read, T) for T in task.lengths[::2]}}
+        return {"step": step, **{f"read {T}": partial(read, T) for T in task.lengths[::2]}}
+
+    jobs = {pe: jobs_of(pe) for pe in args.pe}
     times = {pe: {name: [] for name in row} for pe, row in jobs.items()}
     for _ in tqdm(range(n_rounds + 1)):         # in turns: a drifting machine favours none
         for pe, row in jobs.items():
@@ -653,7 +654,7 @@ def run_script(main):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         hint = "" if isinstance(error, (ValueError, OSError)) else "out of memory, try smaller sizes: "
-        print(f"{Path(sys.argv[0]).name}: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {hint}{str(error).partition(chr(10))[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
