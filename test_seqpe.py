@@ -865,6 +865,13 @@ def test_seqpe_on_a_device(reads, shape, norm):
     assert encoder(window(shape)).device.type == "meta"
 
 
+def test_the_encoder_is_exported_for_any_number_of_positions():
+    encoder, T = SeqPE(16, n_dim=2, max_position=50), torch.export.Dim("T", max=1000)
+    exported = torch.export.export(encoder, (window((3, 4)),), {"check": False},
+                                   dynamic_shapes={"positions": {0: T}, "check": None}).module()
+    assert_close(exported(window((7, 5)), check=False), encoder(window((7, 5))))
+
+
 ERRORS = {
     "float positions": (lambda: SeqPE(8)(torch.ones(3, 1)), TypeError, "integers.*torch.float32"),
     "bool positions": (lambda: SeqPE(8)(torch.tensor([True])), TypeError, "integers.*torch.bool"),
@@ -1702,6 +1709,6 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypat
     model = Host(len(index), example)
     warm_up(model.positions.encoder, (example["T"],))
     shifted = losses_of_a_host(copy.deepcopy(model), example, text, 300, shifting=True)
-    assert shifted[0] < 2.2 and max(shifted) < shifted[0] + 0.05, shifted
+    assert shifted[0] < 2.2 and max(shifted) < shifted[0] + 0.03, shifted
     whole = losses_of_a_host(model, example, text, 100, shifting=False)
     assert whole[2] > whole[0] + 0.15, whole
