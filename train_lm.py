@@ -26,6 +26,9 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C in the imports
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -646,6 +649,7 @@ def main(argv=None):
 
 
 def run_script(main):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a console may not have all characters
     try:

@@ -11,8 +11,12 @@ Against train_lm.py, a position has two coordinates in place of one. Nothing els
 """
 
 import math
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C in the imports
 
 import numpy as np
 import torch
