@@ -587,10 +587,10 @@ class EmbeddingPE(PositionEncoding):
         mul     q_i * eq_i and k_j * ek_j,      [eq, ek] = W e, a W for each layer
         add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
 
-    The paper has scalar for text and mul for images, and W starts small and random (map_std). ours, map_std=0:
-    eq . ek / sqrt(D) starts as gain * e_i . e_j, which L_delta has already made large nearby and falling with
-    distance. The heads' gains go from 1 down to 1/64 (of four heads): some begin by looking nearby, some
-    everywhere. Under mul W starts as the identity: a gain would scale the content's part of the logit.
+    The paper has scalar for text and mul for images, and W starts small and random (map_std). ours: with
+    map_std=0, eq . ek / sqrt(D) starts as gain * e_i . e_j, which L_delta has already made large nearby and
+    falling with distance. The gains go from 1 in the first head down to 1/64 in the last of four: some begin by
+    looking nearby, some everywhere. Under mul W starts as the identity: a gain would scale the content's part.
     """
 
     def __init__(self, config, shape, class_token=False):

@@ -1642,7 +1642,8 @@ def test_the_readmes_commands_run(name, arguments, tmp_path, monkeypatch):
     module = {"train_lm": train_lm, "train_vit": train_vit}[name]
     small = {**TINY, "steps": 2, "pe-warmup": 2, **({"block-size": 48} if module is train_lm else {})}
     small = [word for option in small.items() for word in (f"--{option[0]}", str(option[1]))]
-    module.main([*shlex.split(arguments.replace("0,1,2", "0")), "--pe-embd", "16", *small, "--out", str(tmp_path)])
+    arguments = shlex.split(arguments.replace("0,1,2", "0"))
+    module.main([*arguments, "--pe-embd", "16", *small, "--out", str(tmp_path)])
     assert "--bench" in arguments or list(tmp_path.glob("*.svg"))
 
 
