@@ -177,23 +177,18 @@ class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
     n_head: of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position, each from
-    0 to below max_position (the paper's 20,000 for text): say little more than you will ever read, as all of
-    them have to be kept in order. n_digits: as many as that takes in `base`, if not given. width: of the
-    encoder, n_embd if not given; 64 to 96 is plenty in a wide model. The paper trains with a dropout of 0.1.
+    0 to below max_position (the paper's 20,000 for text), with as many digits as that takes in `base`: say
+    little more than you will ever read, as all of them have to be kept in order. width: of the encoder, n_embd
+    if not given; 64 to 96 is plenty in a wide model. The paper trains with a dropout of 0.1.
     """
 
-    def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, n_digits=None, base=10, max_position=None,
-                 width=None, dropout=0.0, norm=None):
+    def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
+                 dropout=0.0, norm=None):
         super().__init__()
         width = width or n_embd
-        if max_position is None:
-            max_position = base ** n_digits if n_digits else 20_000
         if min(n_embd, n_head, n_layer, n_dim, width, max_position, base - 1) < 1 or max_position > 2 ** 30:
             raise ValueError("SeqPE: sizes are at least 1, base at least 2 and max_position at most 2 ** 30")
-        n_digits = n_digits or next(n for n in range(1, 31) if base ** n >= max_position)
-        if not max_position <= base ** n_digits <= 2 ** 63:
-            raise ValueError(f"SeqPE: base ** n_digits = {base} ** {n_digits} must be at least max_position="
-                             f"{max_position}, and at most 2 ** 63")
+        n_digits = next(n for n in range(1, 31) if base ** n >= max_position)
         if n_embd % n_head or width % n_head or norm and n_embd == n_head:
             raise ValueError(f"SeqPE: n_embd={n_embd}, width={width} must be divisible by n_head={n_head}; "
                              "with norm, a head must have more than one channel")

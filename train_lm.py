@@ -41,29 +41,30 @@ from seqpe import (FUSIONS, GPT, GPTConfig, TransformerConfig, count_bias, place
 # ------------------------------------------------------------------------------------------------------------
 # Arguments
 
-RECIPES = {     # all that two ways to train SeqPE differ in: ours, the paper's, the greatest value there is
-    "--shift-prob": (0.5, 0.1, 1.0, "share of steps with windows at random places"),
-    "--pieces": (4, 1, 64, "most pieces, apart from each other, of such a window"),
-    "--shifted-ood": (1, 0, 1, "1: L_OOD on those steps, too"),
-    "--distill-weight": (0.1, 0.1 / 32, 1e3, "weight of L_OOD, which the paper's code averages over a row"),
-    "--paper-groups": (0, 1, 1, "1: draw and compare groups in L_delta as the paper does"),
-    "--pe-warmup": (1000, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
-    "--pe-norm": (6.0, 0.0, 1e3, "length of e_p in each head; 0: as it comes"),
-    "--map-std": (0.0, 0.02, 1e3, "of the maps W at the start; 0: multiples of the identity"),
-    "--pe-width": (64, 0, 8192, "width of SeqPE's encoder; 0: the model's"),
-    "--pe-embd": (64, 0, 8192, "size of e_p for the fusion scalar; 0: the model's width"),
-    "--pe-dropout": (0.0, 0.1, 0.9, "dropout in SeqPE's encoder"),
+RECIPES = {     # all that two ways to train SeqPE differ in: ours, the paper's, the range, what it is
+    "--shift-prob": (0.5, 0.1, 0.0, 1.0, "share of steps with windows at random places"),
+    "--pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
+    "--shifted-ood": (1, 0, 0, 1, "1: L_OOD on those steps, too"),
+    "--distill-weight": (0.1, 0.1 / 32, 0.0, 1e3, "weight of L_OOD, which the paper's code averages over a row"),
+    "--paper-groups": (0, 1, 0, 1, "1: draw and compare groups in L_delta as the paper does"),
+    "--pe-warmup": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
+    "--pe-norm": (6.0, 0.0, 0.0, 1e3, "length of e_p in each head; 0: as it comes"),
+    "--map-std": (0.0, 0.02, 0.0, 1e3, "of the maps W at the start; 0: multiples of the identity"),
+    "--pe-width": (64, 0, 0, 8192, "width of SeqPE's encoder; 0: the model's"),
+    "--pe-embd": (64, 0, 0, 8192, "size of e_p for the fusion scalar; 0: the model's width"),
+    "--pe-dropout": (0.0, 0.1, 0.0, 0.9, "dropout in SeqPE's encoder"),
 }
-OPTIONS = (     # default (None: see DEFAULTS), least, most
-    ("--contrastive-weight", 0.1, 0.0, 1e3, "weight of L_delta"),
-    ("--base", 10, 2, 4096, "base of the digits"),
-    ("--max-position", None, 1, 2 ** 30, "positions that SeqPE holds; if not given, as many as are read"),
-    ("--n-layer", 4, 1, 128, "layers of the model"),
-    ("--n-head", 4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
-    ("--n-embd", None, 1, 8192, "width of the model"),
-    ("--steps", None, 1, 10 ** 7, "training steps"),
-    ("--batch-size", 32, 1, 65536, "sequences in a step"),
-    ("--lr", None, 0.0, 10.0, "peak learning rate"))
+OPTIONS = {     # the default (None: see DEFAULTS), the range, what it is
+    "--contrastive-weight": (0.1, 0.0, 1e3, "weight of L_delta"),
+    "--base": (10, 2, 4096, "base of the digits"),
+    "--max-position": (None, 1, 2 ** 30, "positions that SeqPE holds; if not given, as many as are read"),
+    "--n-layer": (4, 1, 128, "layers of the model"),
+    "--n-head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
+    "--n-embd": (None, 1, 8192, "width of the model"),
+    "--steps": (None, 1, 10 ** 7, "training steps"),
+    "--batch-size": (32, 1, 65536, "sequences in a step"),
+    "--lr": (None, 0.0, 10.0, "peak learning rate"),
+}
 DEFAULTS = {"python": dict(n_embd=128, steps=800, lr=3e-3, fusion="scalar"),
             "recall": dict(n_embd=128, steps=1200, lr=1e-3, fusion="scalar")}
 NO_SETTINGS = ("seeds", "out", "resume", "load", "sample", "eval", "split", "device", "bench")
@@ -99,14 +100,14 @@ def parse(argv, doc, encodings, options, defaults, recipes={}, more={}):
                         help=f"a comma list of {', '.join(encodings)}; or all")
     parser.add_argument("--data", default=next(iter(defaults)), help=f"{', '.join(defaults)}, or a file")
     parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="how SeqPE is trained")
-    for flag, (ours, paper, most, text) in RECIPES.items():
-        parser.add_argument(flag, type=number(0, most), help=f"{text} (ours {ours}, the paper's {paper:.3g})")
-    for flag, default, least, most, text in (*OPTIONS, *options):
-        parser.add_argument(flag, type=number(least, most), default=default, help=f"{text} ({default})")
+    for flag, (ours, paper, *limits, text) in RECIPES.items():
+        parser.add_argument(flag, type=number(*limits), help=f"{text} (ours {ours}, the paper's {paper:.3g})")
+    for flag, (default, *limits, text) in {**OPTIONS, **options}.items():
+        parser.add_argument(flag, type=number(*limits), default=default, help=f"{text} ({default})")
     parser.add_argument("--fusion", choices=FUSIONS, help="how SeqPE enters the model")
     parser.add_argument("--seed", type=comma_list(number(0, 2 ** 32)), default=[0], dest="seeds",
                         help="seed of everything random, or a comma list of them")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of checkpoints and results")
     parser.add_argument("--load", type=Path, metavar="CHECKPOINT", help="look at a checkpoint instead")
     parser.add_argument("--split", choices=("test", "val"), default="test",
@@ -125,13 +126,12 @@ def parse(argv, doc, encodings, options, defaults, recipes={}, more={}):
     args.seeds = list(dict.fromkeys(args.seeds))
     if unknown := set(args.pe) - set(encodings):
         parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join([*encodings, 'all'])}")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(device for device in there if there[device])
-    if not there[args.device]:
-        parser.error(f"torch finds no {args.device} here; try --device auto or cpu")
-    if args.eval and not args.load:
-        parser.error("--eval goes with --load: training ends with a table anyway")
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no cuda here; try --device cpu")
+    if (args.eval or vars(args).get("sample") is not None) and not args.load:
+        parser.error("--eval and --sample go with --load: training ends with a table and a sample anyway")
     return args
 
 
@@ -158,56 +158,40 @@ def read_text(data):
     return {"train": text[:cuts[0]], "val": text[cuts[0]:cuts[1]], "test": text[cuts[1]:]}
 
 
-def code_points(text):
-    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-
-
 class Text:
     """Next-character prediction, scored on the same last characters with more and more context."""
     form, n_evaluated = ".3f", 64       # of a score: how it is written, and of how many windows of text
 
-    def __init__(self, args, about=None, read=True):
-        """about: what a checkpoint has to know of its data, here its characters. read: whether to read it."""
+    def __init__(self, args, about=None):
+        """about: what a checkpoint knows of its data, here its characters."""
         self.args, self.about = args, about
         self.lengths = [args.block_size * 2 ** i for i in range(args.reach.bit_length())]   # 1x, 2x, 4x, ...
-        if not read:
-            return
-        text = read_text(args.data)
-        if about is None:
-            present = np.zeros(0x110000, dtype=bool)
-            for split in text.values():
-                present[code_points(split)] = True
-            self.about = "".join(map(chr, present.nonzero()[0]))
+
+    def read(self):
+        text = read_text(self.args.data)
+        if self.about is None:
+            self.about = "".join(sorted(set().union(*text.values())))
         self.splits = {name: self.encode(split) for name, split in text.items()}
         if len(self.about) < 2 or min(map(len, text.values())) <= self.lengths[-1]:
-            raise ValueError(f"--data {args.data}: {len(self.about)} different characters in splits of "
+            raise ValueError(f"--data {self.args.data}: {len(self.about)} different characters in splits of "
                              f"{[len(split) for split in text.values()]} are too few to read "
                              f"{self.lengths[-1]} at once; try a smaller --reach or --block-size")
 
     def encode(self, text):
-        index = np.full(0x110000, -1, dtype=np.int32)
-        index[code_points(self.about)] = np.arange(len(self.about))
-        idx = index[code_points(text)]
-        if idx.min(initial=0) < 0:
-            unknown = "".join(sorted(set(text) - set(self.about)))
-            raise ValueError(f"characters outside the vocabulary: {unknown[:20]!r}")
-        return torch.from_numpy(idx)
+        index = {character: i for i, character in enumerate(self.about)}
+        if unknown := set(text) - set(index):
+            raise ValueError(f"characters outside the vocabulary: {''.join(sorted(unknown))[:20]!r}")
+        return torch.tensor([index[character] for character in text], dtype=torch.long)
 
     def model(self, pe):
         return GPT(GPTConfig(**model_settings(self.args, pe, self.lengths[-1]), vocab_size=len(self.about),
                              block_size=self.args.block_size))
 
-    def check(self, model):
-        """What would go wrong after the training is said before."""
-        n, limit = len(self.encode(self.args.sample or "")), model.pe.max_position or math.inf
-        if n > limit:
-            raise ValueError(f"--sample: {n} characters, and {model.config.pe} holds {limit} positions")
-
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
         T, text = self.args.block_size, self.splits["train"]
         start = torch.randint(len(text) - T, (self.args.batch_size, 1), generator=generator)
-        return text[start + torch.arange(T + 1)].long()
+        return text[start + torch.arange(T + 1)]
 
     def loss(self, model, batch, positions, bias):
         batch = batch.to(self.args.device)
@@ -217,7 +201,7 @@ class Text:
         """(n_evaluated, T + 1) characters of a split, which end at the same places for every T."""
         text = self.splits[split]
         ends = torch.linspace(self.lengths[-1] + 1, len(text), self.n_evaluated, dtype=torch.float64).long()
-        return text[ends.unsqueeze(1) + torch.arange(-T - 1, 0)].long()
+        return text[ends.unsqueeze(1) + torch.arange(-T - 1, 0)]
 
     @torch.no_grad()
     def predict(self, model, text):
@@ -246,9 +230,9 @@ class Text:
         """A sample longer than the training context, where the encoding can."""
         prompt = self.args.sample or ("\n" if "\n" in self.about else self.about[0])
         longest = min(2 * self.args.block_size, model.pe.max_position or math.inf)
-        idx = self.encode(prompt).long().unsqueeze(0).to(self.args.device)
+        idx = self.encode(prompt).unsqueeze(0).to(self.args.device)
         generator = torch.Generator(self.args.device).manual_seed(self.args.seed)
-        idx = model.generate(idx, max(0, longest - len(prompt)), 0.8, top_k=20, generator=generator)
+        idx = model.generate(idx, max(1, longest - len(prompt)), 0.8, top_k=20, generator=generator)
         print("\n" + "".join(self.about[i] for i in idx[0].tolist()))
 
 
@@ -259,10 +243,10 @@ class Recall(Text):
     questions = torch.arange(-n_records * size, 0).view(n_records, size)    # where they are, from the end
     answers = questions[:, -3:]
 
-    def __init__(self, args, about=None, read=True):
+    def __init__(self, args, about=None):
         if args.block_size < 2 * self.questions.numel():
             raise ValueError(f"--data recall needs a --block-size of at least {2 * self.questions.numel()}")
-        super().__init__(args, about, read)
+        super().__init__(args, about)
 
     def ask(self, text, generator, n_different=n_records):
         """Write records over text (B, T + 1) at random places, and the same in another order over its end.
@@ -270,8 +254,8 @@ class Recall(Text):
         n_different, an integer or (B, 1): how many of the records are, the others repeat them.
         """
         B, n, size = len(text), self.n_records, self.size
-        letters, digits = self.encode(string.ascii_lowercase).long(), self.encode(string.digits).long()
-        at, equals = self.encode("@=").long().expand(B, n, 2).unbind(-1)
+        letters, digits = self.encode(string.ascii_lowercase), self.encode(string.digits)
+        at, equals = self.encode("@=").expand(B, n, 2).unbind(-1)
         key = torch.rand(B, 26 * 26, generator=generator).topk(n).indices                   # distinct
         value = torch.randint(1000, (B, n), generator=generator)
         records = torch.stack([at, letters[key // 26], letters[key % 26], equals, digits[value // 100],
@@ -454,8 +438,6 @@ def train(task, args, path, stop):
         optimizer.zero_grad()
         last = step + 1 == args.steps
         if step % 20 == 19:             # .item() waits for a GPU
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"{args.pe}: a loss of {loss.item()} at step {step + 1}; try a smaller --lr")
             bar.set_postfix(shown | {"loss": f"{loss.item():.3f}"})
         if step % 100 == 99 or last or stop:
             save()
@@ -472,43 +454,46 @@ def train(task, args, path, stop):
 # What is shown at the end
 
 
+def over_seeds(rows):
+    """rows {encoding: [{column: score} of each seed]} -> the columns, {encoding: [(mean, deviation)]}"""
+    columns = list(next(iter(rows.values()))[0])
+    scores = {pe: [[seed[column] for seed in seeds] for column in columns] for pe, seeds in rows.items()}
+    return columns, {pe: [(statistics.mean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for s in row]
+                     for pe, row in scores.items()}
+
+
 def table(title, form, rows):
-    """rows {encoding: [{column: score} of each seed]} as Markdown, mean ± standard deviation."""
-    columns = next(iter(rows.values()))[0]
+    """As Markdown, mean ± standard deviation."""
+    columns, found = over_seeds(rows)
     lines = [title, "", f"{'encoding':<10}" + "".join(f" | {column:>11}" for column in columns),
              "---" + " | ---" * len(columns)]
-    for pe, seeds in rows.items():
-        scores = [[seed[column] for seed in seeds] for column in columns]
-        cells = [f"{statistics.mean(s):{form}}" + (f"±{statistics.stdev(s):{form}}" if len(s) > 1 else "")
-                 for s in scores]
+    for pe, row in found.items():
+        cells = [f"{mean:{form}}" + f"±{deviation:{form}}" * (len(rows[pe]) > 1) for mean, deviation in row]
         lines.append(f"{pe:<10}" + "".join(f" | {cell:>11}" for cell in cells))
     return "\n".join([*lines, ""])
 
 
 def chart(title, rows):
-    """The same as an SVG: a line through the means, a bar for the spread, SeqPE's in red."""
-    columns = list(next(iter(rows.values()))[0])
-    scores = {pe: [[seed[column] for seed in seeds] for column in columns] for pe, seeds in rows.items()}
-    mean = {pe: [statistics.mean(s) for s in row] for pe, row in scores.items()}
-    ends = [m for row in mean.values() for m in row] if "%" not in title else [0, 100]
+    """The same as an SVG: a line through the means, a bar for the deviation, SeqPE's in red."""
+    columns, found = over_seeds(rows)
+    ends = [0, 100] if "%" in title else [mean for row in found.values() for mean, _ in row]
     low, high = min(ends), max(ends)
     x = [40 + 250 * i / max(1, len(columns) - 1) for i in range(len(columns))]
 
     def y(score):
         return 200 - 160 * (score - low) / (high - low or 1)
 
-    svg = [f'<text x="8" y="20">{title}</text>']
+    svg = [SVG, f'<text x="8" y="20">{title}</text>']
     svg += [f'<text x="{at}" y="222" text-anchor="middle">{column}</text>' for at, column in zip(x, columns)]
     svg += [f'<text x="30" y="{y(end) + 4}" text-anchor="end">{end:.3g}</text>' for end in (low, high)]
     name_at = math.inf
-    for pe in sorted(mean, key=lambda pe: mean[pe][-1]):        # from the bottom up: names make way
-        name_at = min(y(mean[pe][-1]) + 4, name_at - 13)
-        spread = [statistics.stdev(s) if len(s) > 1 else 0.0 for s in scores[pe]]
-        line = " ".join(f"{a:.0f},{y(m):.1f}" for a, m in zip(x, mean[pe]))
-        bars = "".join(f"M{a:.0f},{y(m - s):.1f}V{y(m + s):.1f}" for a, m, s in zip(x, mean[pe], spread))
+    for pe, row in sorted(found.items(), key=lambda item: item[1][-1]):     # from below: names make way
+        name_at = min(y(row[-1][0]) + 4, name_at - 13)
+        line = " ".join(f"{at:.0f},{y(mean):.1f}" for at, (mean, _) in zip(x, row))
+        bars = "".join(f"M{at:.0f},{y(m - d):.1f}V{y(m + d):.1f}" for at, (m, d) in zip(x, row))
         svg.append(f'<g class="{"us" if pe == "seqpe" else "them"}"><polyline points="{line}"/>'
                    f'<path d="{bars}"/><text x="297" y="{name_at:.1f}">{pe}</text></g>')
-    return "\n".join([SVG, *svg, "</svg>", ""])
+    return "\n".join([*svg, "</svg>", ""])
 
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 370 230"><style>
@@ -545,39 +530,42 @@ def report(task, results, args):
     write_file(args.out / f"{stem}.json", json.dumps(record, indent=1).encode())
     for i, (title, rows) in enumerate(results.items()):
         write_file(args.out / f"{stem}{f'-{i}' if i else ''}.svg", chart(title, rows).encode())
-    for title, rows in results.items():
         print("\n" + table(title, task.form, rows))
+
+
+def look_at_checkpoint(make_task, args):
+    """--load: nothing is trained."""
+    vars(args).update(pe="", seed=0)
+    checkpoint = read_checkpoint(args.load, args)
+    with reading(args.load):
+        vars(args).update(checkpoint["settings"])
+        task = make_task(args, checkpoint["about"])
+        model = task.model(args.pe)
+        model.load_state_dict(checkpoint["model"])
+    check_finite(model.to(args.device).eval(), args.load)
+    if args.eval:
+        task.read()
+        for title, row in task.evaluate(model).items():
+            print(table(title, task.form, {args.pe: [row]}))
+    task.show(model)
 
 
 def run_all(make_task, args):
     """Train each encoding with each seed, or look at args.load -> {table: {encoding: [row of each seed]}}."""
     torch.set_float32_matmul_precision("high")      # TF32 on CUDA
     torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
-    results, stop = {}, []
     if args.load:
-        vars(args).update(pe="", seed=0)
-        checkpoint = read_checkpoint(args.load, args)
-        with reading(args.load):
-            vars(args).update(checkpoint["settings"])
-            model = make_task(args, checkpoint["about"], read=False).model(args.pe)
-            model.load_state_dict(checkpoint["model"])
-        check_finite(model.to(args.device).eval(), args.load)
-        task = make_task(args, checkpoint["about"], read=args.eval)
-        task.check(model)
-        for title, row in task.evaluate(model).items() if args.eval else ():
-            print(table(title, task.form, {args.pe: [row]}))
-        return task.show(model)
-
+        return look_at_checkpoint(make_task, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    task, encodings = make_task(args), args.pe
+    task, encodings, results, stop = make_task(args), args.pe, {}, []
+    task.read()
     runs = [(pe, seed, args.out / f"{Path(args.data).stem}-{pe}-seed{seed}.pt")
             for seed in args.seeds for pe in encodings]
     for args.pe, args.seed, path in runs:       # what is wrong with any is said before the first is trained
         with torch.device("meta"):      # no memory is needed yet
-            model = task.model(args.pe)
-        if (n := sum(parameter.numel() for parameter in model.parameters())) > 10 ** 9:
+            n = sum(parameter.numel() for parameter in task.model(args.pe).parameters())
+        if n > 10 ** 9:
             raise ValueError(f"{args.pe}: a model of {n:,} weights is too large for this script")
-        task.check(model)
         if path.exists():
             read_checkpoint(path, args, task)
             if not args.resume:
@@ -606,8 +594,12 @@ def run_all(make_task, args):
     return results
 
 
-def bench(task, args, n_rounds=5):
+def bench(args, n_rounds=5):
     """Median milliseconds of a training step and of reading, as multiples of the last encoding's, too."""
+    args.reach = 64
+    task = Text(args)
+    task.read()
+
     def jobs_of(pe):
         model, data = task.model(pe).to(args.device), torch.Generator().manual_seed(0)
 
@@ -636,16 +628,17 @@ def bench(task, args, n_rounds=5):
 
 
 def main(argv=None):
-    options = (("--block-size", 128, 1, 65536, "training length, in characters"),
-               ("--reach", 16, 1, 1024, "how many times that length is read at the end"))
+    options = {"--block-size": (128, 1, 65536, "training length, in characters"),
+               "--reach": (16, 1, 1024, "how many times that length is read at the end")}
     encodings = ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
-    more = {"--sample": dict(metavar="PROMPT", help="text to go on from at the end"),
+    more = {"--sample": dict(metavar="PROMPT", help="with --load: text to go on from"),
             "--bench": dict(action="store_true", help="measure speed instead")}
     args = parse(argv, __doc__, encodings, options, DEFAULTS, more=more)
-    if args.bench:
-        args.reach = 64
-        return bench(Text(args), args)
-    return run_all(Recall if args.data == "recall" else Text, args)
+    return bench(args) if args.bench else run_all(make_task, args)
+
+
+def make_task(args, about=None):
+    return (Recall if args.data == "recall" else Text)(args, about)
 
 
 def run_script(main):

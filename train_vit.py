@@ -142,22 +142,22 @@ class Images:
     """Classification, scored on the same images enlarged to more and more patches."""
     form = ".1f"
 
-    def __init__(self, args, about=None, read=True):
+    def __init__(self, args, about=None):
         self.args, self.about, patch = args, about, args.patch_size
         self.sizes = [round(args.image_size * m / patch) * patch for m in MAGNIFICATIONS]
-        if not read:
-            return
-        images, labels = read_images(args.data, args.image_size)
+
+    def read(self):
+        images, labels = read_images(self.args.data, self.args.image_size)
         about = {"n_channels": images.size(1), "n_classes": int(labels.max()) + 1}
         if self.about not in (None, about):
-            raise ValueError(f"--data {args.data} holds other images than those of training")
+            raise ValueError(f"--data {self.args.data} holds other images than those of training")
         self.about = about
         # Of every nine images two are for the test, and one is for validation: for choosing settings.
         ninth = torch.arange(len(images)) % 9
         self.splits = {name: (images[of], labels[of]) for name, of in
                        (("train", (ninth > 0) & (ninth < 7)), ("val", ninth == 0), ("test", ninth > 6))}
         if len(images) < 9:
-            raise ValueError(f"--data {args.data}: {len(images)} images are too few")
+            raise ValueError(f"--data {self.args.data}: {len(images)} images are too few")
 
     def model(self, pe):
         args = self.args
@@ -201,17 +201,14 @@ class Images:
                 size: self.accuracy(model, self.args.split, size, interpolate) for size in self.sizes}
         return tables
 
-    def check(self, model):
-        """Nothing is left that could go wrong after the training."""
-
     def show(self, model):
         """There is nothing to sample."""
 
 
 def main(argv=None):
-    options = (("--image-size", 32, 1, 4096, "training size, in pixels"),
-               ("--patch-size", 4, 1, 4096, "size of a patch, in pixels"),
-               ("--keep", 0.25, 1e-6, 1.0, "least share of patches in a training step"))
+    options = {"--image-size": (32, 1, 4096, "training size, in pixels"),
+               "--patch-size": (4, 1, 4096, "size of a patch, in pixels"),
+               "--keep": (0.25, 1e-6, 1.0, "least share of patches in a training step")}
     encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
     return run_all(Images, parse(argv, __doc__, encodings, options, DEFAULTS, RECIPES))
 
