@@ -177,9 +177,9 @@ class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
     n_head: of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position, each from
-    0 to below max_position (the paper's 20,000 for text), with as many digits as that takes in `base`: say
-    little more than you will ever read, as all of them have to be kept in order. width: of the encoder, n_embd
-    if not given; 64 to 96 is plenty in a wide model. The paper trains with a dropout of 0.1.
+    0 to below max_position (the paper's 20,000 for text), in as many digits as that takes in `base`: say
+    little more than you will ever read, as all of them have to be kept in order. width: of the encoder, if
+    not n_embd; 64 to 96 is plenty in a wide model. The paper trains with a dropout of 0.1.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
@@ -584,8 +584,8 @@ class EmbeddingPE(PositionEncoding):
 
     The paper has scalar for text and mul for images, and W starts small and random (map_std). ours: with
     map_std=0, eq . ek / sqrt(D) starts as gain * e_i . e_j, which L_delta has already made large nearby and
-    falling with distance. The gains go from 1 in the first head down to 1/64 in the last of four: some begin by
-    looking nearby, some everywhere. Under mul W starts as the identity: a gain would scale the content's part.
+    falling with distance. The gains go from 1 in the first head to 1/64 in the last of four: some begin by
+    looking nearby, some everywhere. Under mul W starts as the identity: a gain would scale the content.
     """
 
     def __init__(self, config, shape, class_token=False):

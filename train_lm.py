@@ -45,7 +45,7 @@ RECIPES = {     # all that two ways to train SeqPE differ in: ours, the paper's,
     "--shift-prob": (0.5, 0.1, 0.0, 1.0, "share of steps with windows at random places"),
     "--pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
     "--shifted-ood": (1, 0, 0, 1, "1: L_OOD on those steps, too"),
-    "--distill-weight": (0.1, 0.1 / 32, 0.0, 1e3, "weight of L_OOD, which the paper's code averages over a row"),
+    "--distill-weight": (0.1, 0.1 / 32, 0.0, 1e3, "weight of L_OOD; the paper's code averages over rows"),
     "--paper-groups": (0, 1, 0, 1, "1: draw and compare groups in L_delta as the paper does"),
     "--pe-warmup": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
     "--pe-norm": (6.0, 0.0, 0.0, 1e3, "length of e_p in each head; 0: as it comes"),
@@ -478,29 +478,32 @@ def chart(title, rows):
     columns, found = over_seeds(rows)
     ends = [0, 100] if "%" in title else [mean for row in found.values() for mean, _ in row]
     low, high = min(ends), max(ends)
-    x = [40 + 250 * i / max(1, len(columns) - 1) for i in range(len(columns))]
+    x = [36 + 180 * i / max(1, len(columns) - 1) for i in range(len(columns))]
 
     def y(score):
         return 200 - 160 * (score - low) / (high - low or 1)
 
     svg = [SVG, f'<text x="8" y="20">{title}</text>']
     svg += [f'<text x="{at}" y="222" text-anchor="middle">{column}</text>' for at, column in zip(x, columns)]
-    svg += [f'<text x="30" y="{y(end) + 4}" text-anchor="end">{end:.3g}</text>' for end in (low, high)]
+    for tick in (low, (low + high) / 2, high):
+        svg.append(f'<text x="30" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
+                   f'<path class="tick" d="M36,{y(tick):.1f}H216"/>')
     name_at = math.inf
     for pe, row in sorted(found.items(), key=lambda item: item[1][-1]):     # from below: names make way
         name_at = min(y(row[-1][0]) + 4, name_at - 13)
         line = " ".join(f"{at:.0f},{y(mean):.1f}" for at, (mean, _) in zip(x, row))
         bars = "".join(f"M{at:.0f},{y(m - d):.1f}V{y(m + d):.1f}" for at, (m, d) in zip(x, row))
         svg.append(f'<g class="{"us" if pe == "seqpe" else "them"}"><polyline points="{line}"/>'
-                   f'<path d="{bars}"/><text x="297" y="{name_at:.1f}">{pe}</text></g>')
+                   f'<path d="{bars}"/><text x="222" y="{name_at:.1f}">{pe}</text></g>')
     return "\n".join([*svg, "</svg>", ""])
 
 
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 370 230"><style>
-text { font: 12px sans-serif; fill: #656d76 } polyline, path { fill: none; stroke: #9198a1 }
-.us polyline, .us path { stroke: #d1242f; stroke-width: 3 } .us text { fill: #d1242f; font-weight: bold }
-@media (prefers-color-scheme: dark) { text { fill: #9198a1 } .us text { fill: #ff7b72 } .us polyline, .us path
-{ stroke: #ff7b72 } }</style>"""
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 290 230"><style>
+text { font: 12px sans-serif; fill: #59636e } polyline, path { fill: none; stroke: #818b98 }
+.tick { stroke: #d1d9e0 } .us polyline, .us path { stroke: #d1242f; stroke-width: 3 }
+.us text { fill: #d1242f; font-weight: bold }
+@media (prefers-color-scheme: dark) { text { fill: #9198a1 } .tick { stroke: #3d444d }
+.us polyline, .us path { stroke: #ff7b72 } .us text { fill: #ff7b72 } }</style>"""
 
 
 @torch.no_grad()
