@@ -441,7 +441,6 @@ class TransformerConfig:
     fusion: str = "scalar"      # how its e_p enters the model, a key of FUSIONS
     max_position: int = 2048    # these as SeqPE has them
     base: int = 10
-    pe_width: Optional[int] = None
     pe_dropout: float = 0.0
     pe_norm: Optional[float] = None
     pe_embd: Optional[int] = None       # size of e_p, n_embd if not given; for the fusion "scalar" alone
@@ -596,8 +595,8 @@ class EmbeddingPE(PositionEncoding):
         size = self.fusion == "scalar" and config.pe_embd or C
         if config.pe == "seqpe":
             self.embedding = SeqPE(size, config.n_head, n_dim=self.n_dim, base=config.base,
-                                   max_position=config.max_position, width=config.pe_width,
-                                   dropout=config.pe_dropout, norm=config.pe_norm)
+                                   max_position=config.max_position, dropout=config.pe_dropout,
+                                   norm=config.pe_norm)
         else:
             self.embedding = LearnedTable(shape, C) if config.pe == "learned" else Sinusoid(self.n_dim, C)
         self.max_position = self.embedding.max_position

@@ -50,8 +50,7 @@ RECIPES = {     # all that two ways to train SeqPE differ in: ours, the paper's,
     "--pe-warmup": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
     "--pe-norm": (6.0, 0.0, 0.0, 1e3, "length of e_p in each head; 0: as it comes"),
     "--map-std": (0.0, 0.02, 0.0, 1e3, "of the maps W at the start; 0: multiples of the identity"),
-    "--pe-width": (64, 0, 0, 8192, "width of SeqPE's encoder; 0: the model's"),
-    "--pe-embd": (64, 0, 0, 8192, "size of e_p for the fusion scalar; 0: the model's width"),
+    "--pe-embd": (64, 0, 0, 8192, "size of e_p and width of its encoder, for scalar; 0: the model's"),
     "--pe-dropout": (0.0, 0.1, 0.0, 0.9, "dropout in SeqPE's encoder"),
 }
 OPTIONS = {     # the default (None: see DEFAULTS), the range, what it is
