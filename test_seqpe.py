@@ -1052,9 +1052,10 @@ def test_all_encodings_are_trained_and_recorded(script, data, tmp_path, capsys):
         svg = ElementTree.parse(tmp_path / "out" / f"{stem}{'-1' if i else ''}.svg").getroot()
         lines = {g[-1].text: g for g in svg.iter() if g.tag.endswith("}g")}
         means = {pe: [statistics.mean(s[c] for s in row) for c in columns] for pe, row in rows.items()}
-        ends = sum(means.values(), []) if script is train_lm else [0, 100]
-        for pe, row in rows.items():
-            spread = [statistics.stdev(s[c] for s in row) for c in columns]
+        spreads = {pe: [statistics.stdev(s[c] for s in row) for c in columns] for pe, row in rows.items()}
+        ends = [m + sign * d for pe in rows for m, d in zip(means[pe], spreads[pe]) for sign in (-1, 1)]
+        ends = ends if script is train_lm else [0, 100]
+        for pe, spread in spreads.items():
             cells = [re.escape(f"{m:{form}}±{s:{form}}") for m, s in zip(means[pe], spread, strict=True)]
             assert re.search(rf"^{pe} *\| *" + r" *\| *".join(cells) + "$", printed, re.M)
             points = re.findall(r"([\d.]+),([\d.]+)", lines[pe][0].get("points"))
@@ -1624,9 +1625,12 @@ def test_the_readmes_tables_and_charts_agree(name):
     """A chart drawn of the table has the lines of the chart that is shown."""
     table = rf"^{TITLES[name]}[^\n]*\n\nencoding +\|([^\n]*)\n[-| ]+\n((?:\w+ +\|[^\n]*\n)+)"
     columns, rows = re.findall(table, README, re.M)[-1]
-    scores = {row.split()[0]: map(float, re.findall(r"([\d.]+)±", row)) for row in rows.splitlines()}
-    rows = {pe: [dict(zip(columns.split("|"), row))] for pe, row in scores.items()}
-    drawn = train_lm.chart(TITLES[name], rows)
+    scores = {}     # two seeds that have this mean and this deviation
+    for row in rows.splitlines():
+        cells = [(float(m), float(d) / math.sqrt(2)) for m, d in re.findall(r"([\d.]+)±([\d.]+)", row)]
+        scores[row.split()[0]] = [dict(zip(columns.split("|"), [m + sign * d for m, d in cells]))
+                                  for sign in (-1, 1)]
+    drawn = train_lm.chart(TITLES[name], scores)
     shown = (HERE / "data" / f"{name}.svg").read_text(encoding="utf-8")
     (ours, theirs) = ({name: [float(at) for at in re.split("[ ,]", points)] for points, name in re.findall(
         r'points="([^"]+)".*?>(\w+)</text></g>', svg)} for svg in (drawn, shown))

@@ -475,8 +475,8 @@ def table(title, form, rows):
 def chart(title, rows):
     """The same as an SVG: a line through the means, a bar for the deviation, SeqPE's in red."""
     columns, found = over_seeds(rows)
-    ends = [0, 100] if "%" in title else [mean for row in found.values() for mean, _ in row]
-    low, high = min(ends), max(ends)
+    ends = [score for row in found.values() for mean, d in row for score in (mean - d, mean + d)]
+    low, high = (0, 100) if "%" in title else (min(ends), max(ends))
     x = [36 + 180 * i / max(1, len(columns) - 1) for i in range(len(columns))]
 
     def y(score):
