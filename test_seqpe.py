@@ -1484,7 +1484,8 @@ def test_bench_prints_a_row_for_a_step_and_for_reading(tmp_path, capsys):
     (tmp_path / "own.txt").write_text("abcdefgh" * 1000)
     run(train_lm, tmp_path / "own.txt", tmp_path, "--bench", "--pe", "seqpe,rope")
     rows = capsys.readouterr().out.splitlines()
-    assert [row[:12].rstrip() for row in rows] == ["step", "read 8", "read 32", "read 128", "read 512"]
+    steps, reading = ["step", "shifted step"], ["read 8", "read 32", "read 128", "read 512"]
+    assert [row[:12].rstrip() for row in rows] == steps + reading
     assert all(re.search(r" seqpe +[\d.]+ ms \([\d.]+x\) +rope +[\d.]+ ms \(1.00x\)$", row) for row in rows)
 
 

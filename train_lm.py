@@ -605,7 +605,8 @@ def bench(args, n_rounds=5):
     def jobs_of(pe):
         model, data = task.model(pe).to(args.device), torch.Generator().manual_seed(0)
 
-        def step():
+        def step(shift_prob):
+            args.shift_prob = shift_prob
             training_loss(task, model, task.batch(data), args).backward()
             model.zero_grad()
 
@@ -613,7 +614,8 @@ def bench(args, n_rounds=5):
         def read(T):
             model(torch.zeros(1, T, dtype=torch.long, device=args.device), interpolate=pe == "learned")
 
-        return {"step": step, **{f"read {T}": partial(read, T) for T in task.lengths[::2]}}
+        reading = {f"read {T}": partial(read, T) for T in task.lengths[::2]}
+        return {"step": partial(step, 0), "shifted step": partial(step, 1), **reading}
 
     jobs = {pe: jobs_of(pe) for pe in args.pe}
     times = {pe: {name: [] for name in row} for pe, row in jobs.items()}
