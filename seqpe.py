@@ -576,7 +576,7 @@ class Sinusoid(nn.Module):
 class EmbeddingPE(PositionEncoding):
     """Encodings that make a vector e_p of each position, and how it enters the model:
 
-        input   x_i + e_i, once, before the first layer
+        input   x_i + input_gain * e_i, once, before the first layer
         scalar  q_i . k_j + eq_i . ek_j,        [eq, ek] = W e, one W for all layers (images: one for each)
         mul     q_i * eq_i and k_j * ek_j,      [eq, ek] = W e, a W for each layer
         add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
@@ -603,6 +603,9 @@ class EmbeddingPE(PositionEncoding):
         # The class token has no place in the grid: its vector is learned, and starts as large as the others.
         std = 1.0 if config.pe == "seqpe" and config.pe_norm else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
+        # ours: a gain as Sinusoid has; SeqPE's e_p starts at 1, and a text's tokens stayed unread beside it.
+        large = config.pe == "seqpe" and self.fusion == "input"
+        self.input_gain = nn.Parameter(torch.tensor(0.1)) if large else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(n_maps))
         gain = 2.0 ** (-8 * torch.arange(config.n_head) / config.n_head) * self.head_dim ** 0.5
@@ -631,7 +634,7 @@ class EmbeddingPE(PositionEncoding):
             e = torch.cat([self.cls.expand(*e.shape[:-2], 1, -1), e], dim=-2)
         n_layer, n_head = self.config.n_layer, self.config.n_head
         if self.fusion == "input":
-            return [Signal(input=e)] + [Signal()] * (n_layer - 1)
+            return [Signal(input=self.input_gain * e)] + [Signal()] * (n_layer - 1)
         # W e: (..., T, 2 * C), for queries and for keys -> (2, ..., H, T, E)
         heads = [W(e).unflatten(-1, (2, n_head, -1)).movedim(-3, 0).transpose(-3, -2) for W in self.maps]
         return [Signal(**{FUSIONS[self.fusion]: each}) for each in heads] * (n_layer // len(heads))

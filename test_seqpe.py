@@ -603,15 +603,17 @@ def test_input_encodings_are_added_once(encoding, make, positions):
     model, share = make(encoding), 16 // positions.size(1)
     first, second = model.pe(positions)
     assert second == Signal() and first == Signal(input=first.input)
+    cls = [] if model.pe.cls is None else [model.pe.cls[None]]
     if encoding == "seqpe-input":
-        slow = slow_encoder(model.encoder, positions)
+        assert gpt(encoding).pe.input_gain.item() == pytest.approx(0.1)     # 1 drowns a text's tokens
+        gain = model.pe.input_gain.item()
+        slow, cls = gain * slow_encoder(model.encoder, positions), [gain * row for row in cls]
     elif encoding == "learned":
         slow = torch.stack([model.pe.embedding.weight[tuple(position)] for position in positions.tolist()])
     else:       # each coordinate has its share of the channels: sines, then cosines
         slow = torch.tensor([[wave(p * 10000 ** (-c / (share // 2))) for p in position
                               for wave in (math.sin, math.cos) for c in range(share // 2)]
                              for position in positions.tolist()]) * model.pe.embedding.gain.item()
-    cls = [] if model.pe.cls is None else [model.pe.cls[None]]
     assert_close(first.input, torch.cat([*cls, slow]), rtol=0, atol=1e-5, check_dtype=False)
 
 
