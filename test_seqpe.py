@@ -1662,6 +1662,7 @@ def test_the_readmes_commands_run(name, arguments, tmp_path, monkeypatch):
     """In their small form: the same options, then those of a tiny model."""
     monkeypatch.setattr(train_lm.Text, "n_evaluated", 2)
     monkeypatch.setattr(train_lm.Recall, "n_evaluated", 2)
+    monkeypatch.setattr(train_vit, "MAGNIFICATIONS", (1, 1.5))
     module = {"train_lm": train_lm, "train_vit": train_vit}[name]
     small = {**TINY, "steps": 2, "pe-warmup": 2, **({"block-size": 48} if module is train_lm else {})}
     small = [word for option in small.items() for word in (f"--{option[0]}", str(option[1]))]
