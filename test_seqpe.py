@@ -840,7 +840,7 @@ def reads(monkeypatch):
 def test_models_on_a_device(reads, make, encoding, where):
     """With positions on the host, as the code makes them, the host never waits for a value of the device."""
     with torch.device("meta"):
-        model, shape = make(encoding), (8,) if make is gpt else (4, 4)
+        model, shape = make(encoding, n_layer=1), (8,) if make is gpt else (4, 4)
     x = torch.zeros(2, 8, dtype=torch.int64) if make is gpt else torch.ones(2, 2, 8, 8)
     targets = x if make is gpt else torch.zeros(2, dtype=torch.int64)
     x, targets, windows = x.to("meta"), targets.to("meta"), place_windows(shape, 2, 100, device=where)
