@@ -1,23 +1,24 @@
 """SeqPE: Transformer with Sequential Position Encoding (Li et al., arXiv 2506.13277). MIT licence.
 
-A position is a number, and a number can be written: (2, 13) becomes the digits 0 2 1 3. SeqPE lets a
-small transformer read those digits and say where that is. Whatever can be written can be encoded, whether
-training ever went there or not; two regularisers keep the places it never went in good order. In this order:
+A position is a number, and a number can be written down: with two digits for each, (2, 13) is 0 2 1 3. In SeqPE
+a small transformer reads these digits and returns e_p, a vector that says where that is. It can read positions
+that the model was never trained at, and two extra losses keep those in order. In this file, from top to bottom:
 
     1. Positions as digits      position_to_digits, digits_to_position, window
-    2. The transformer block    Signal, Attention, Block: the same for encoder, GPT and ViT
+    2. The transformer block    Signal, attend, Attention, Block: the same for encoder, GPT and ViT
     3. The sequential encoder   SeqPE: digits -> e_p
-    4. The two regularisers     contrastive_loss (L_delta), distillation_loss (L_OOD), position_regularizers;
-                                warm_up; start shifting: place_windows, count_bias
+    4. The two extra losses     sample_hard_negatives, sample_groups, contrastive_loss: L_delta;
+                                distillation_loss: L_OOD; position_regularizers: both, as a step adds them;
+                                pretrain_encoder; start shifting: place_windows, count_bias
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. The model                GPT, in the manner of nanoGPT
 
-The method is the paper's, but for what is marked "ours:", with its reason; SeqPE's defaults are the paper's.
-A model of your own needs sections 1 to 4 alone: SeqPE and position_regularizers, and for a short training
-warm_up, place_windows and count_bias as well (the README has an example).
+What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default; its dropout of 0.1 is a setting
+of the training. The functions of section 4 do ours by default, and the paper's with paper=True.
 
-Shapes: B batch, T positions, C model width, H heads, D channels a head (C / H), E those of e_p, K digits a
-position, P groups of N = 1 + M positions (a pivot and its candidates), S students of m positions each.
+To copy: sections 1 to 4 stand alone and need only torch. The README shows how to use them in your own model.
+
+Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
 """
 
 import math
@@ -39,7 +40,8 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // _place_values(n_digits, base, positions.device)
-    digits[..., 1:] %= base     # the leading one stays: past the limit it is no digit, and found in no table
+    # The leading digit keeps what is past the limit: no table has a row for it, so it is an error there.
+    digits[..., 1:] %= base
     return digits.flatten(-2)
 
 
@@ -54,8 +56,6 @@ def _place_values(n_digits, base, device):
 
 def window(shape):
     """All positions of a box, row by row: shape (T,) for text, (h, w) for images, ... -> (T, n_dim)."""
-    if isinstance(shape, int):
-        raise TypeError(f"the shape of a window is a tuple such as (128,) or (8, 8), not {shape}")
     return torch.cartesian_prod(*(torch.arange(size) for size in shape)).view(-1, len(shape))
 
 
@@ -64,27 +64,51 @@ def window(shape):
 
 
 class Signal(NamedTuple):
-    """What a position encoding tells one layer: channels, in the order they are applied, None where silent.
+    """What a position encoding tells one layer. The fields are applied in this order; None does nothing.
 
-    The dimension of 2 is (for queries, for keys), in rotate (cos, sin). B is left out, or 1, where all
-    sequences of the batch have the same positions; H may be 1.
+    A leading 2 is (for queries, for keys), in rotate (cos, sin). Where all sequences of a batch have the same
+    positions, B is left out; H may be 1.
     """
     input: Optional[Tensor] = None   # (B, T, C)          x_i + input_i
     mul: Optional[Tensor] = None     # (2, B, H, T, D)    q_i * mul_i, k_j * mul_j
     add: Optional[Tensor] = None     # (2, B, H, T, D)    q_i + add_i, k_j + add_j
     rotate: Optional[Tensor] = None  # (2, B, H, T, D/2)  q_i and k_j turned by an angle
-    extend: Optional[Tensor] = None  # (2, B, H, T, E)    q_i . k_j + extend_i . extend_j
+    extend: Optional[Tensor] = None  # (2, B, H, T, E/H)  q_i . k_j + extend_i . extend_j
     bias: Optional[Tensor] = None    # (B, H, T, T)       logit_ij + bias_ij; a matrix: for short texts only
-
-    def at(self, rows):
-        """The signal of some of the tokens alone, a slice of them; they still ask all keys of `bias`."""
-        return Signal(*(t if t is None else t[..., rows, :] for t in self))
 
 
 def _rotate(x, cos, sin):
     """Turn the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by an angle each, as RoPE does."""
     x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.device), sin.to(x.device)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
+
+
+def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
+    """F.scaled_dot_product_attention with positions: the logits are (q_i . k_j + eq_i . ek_j) / sqrt(D).
+
+    q: (B, H, T, D), eq: (..., H, T, E/H), for T queries; k, v, ek: the same for S keys -> (B, H, T, D). Keys may
+    have fewer heads, each for a group of queries' heads. causal: a query sees the keys up to its own, where
+    the queries are those of the last T keys, as with a KV cache. mask: (..., T, S), numbers to add to the
+    logits, or booleans that are True where the key is seen.
+    """
+    D, T, S = q.size(-1), q.size(-2), k.size(-2)
+    if eq is not None:
+        # The sum of two dot products is that of concatenated vectors: no (T, S) matrix is ever built.
+        q = torch.cat([q, eq.expand(*q.shape[:-1], -1).type_as(q)], dim=-1)            # (B, H, T, D + E/H)
+        k = torch.cat([k, ek.expand(*k.shape[:-1], -1).type_as(k)], dim=-1)
+        v = F.pad(v, (0, k.size(-1) - D))               # the fused CPU kernel wants v as wide as q and k
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+        mask = mask.type_as(q)
+    if causal and (mask is not None or T != S):
+        future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
+        mask, causal = future if mask is None else mask + future, False
+    # The scale stays that of the content: what is appended to q and k does not make its logits smaller.
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=D ** -0.5,
+                                       enable_gqa=q.size(1) != k.size(1))
+    return y[..., :D]
 
 
 class Attention(nn.Module):
@@ -98,15 +122,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, signal=Signal(), cache=None, last_only=False):
-        """x: (B, T, C) -> (B, T, C), or (B, 1, C) when only the last token asks (without a signal then).
-
-        cache: a dict that keeps the keys and values of earlier tokens; once it does, x is one token more.
-        """
-        q = self.query(x[:, -1:] if last_only else x)
-        k, v = self.key_value(x).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        D = q.size(-1)
+    def forward(self, x, signal=Signal(), last_only=False):
+        """x: (B, T, C) -> (B, T, C), or (B, 1, C) where only the last token asks; it sees all, masked or not."""
+        q = self.query(x[:, -1:] if last_only else x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        k, v = self.key_value(x).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)    # (B, H, T, D)
 
         if signal.mul is not None:
             q, k = q * signal.mul[0].type_as(q), k * signal.mul[1].type_as(k)
@@ -114,33 +133,16 @@ class Attention(nn.Module):
             q, k = q + signal.add[0].type_as(q), k + signal.add[1].type_as(k)
         if signal.rotate is not None:
             q, k = _rotate(q, *signal.rotate), _rotate(k, *signal.rotate)
-        if signal.extend is not None:
-            # The sum of two dot products is that of concatenated vectors: no (T, T) bias is ever built.
-            for_q, for_k = (t.expand(*q.shape[:-1], -1).type_as(q) for t in signal.extend)
-            q, k = torch.cat([q, for_q], dim=-1), torch.cat([k, for_k], dim=-1)    # (B, H, T, D + E)
-            v = F.pad(v, (0, k.size(-1) - D))           # the fused CPU kernel wants v as wide as q and k
-        if cache is not None:
-            if cache:
-                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            cache["k"], cache["v"] = k, v
-
-        # A single query is that of the last token, which sees everything.
-        causal, mask = self.causal and q.size(2) > 1, None
-        if signal.bias is not None:
-            mask = signal.bias[..., :k.size(2)].type_as(q)
-            if causal:
-                future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-                mask, causal = mask.masked_fill(future, -math.inf), False
-        # The scale stays that of the content: what extends q and k does not make its logits smaller.
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=D ** -0.5)
-        return self.dropout(self.proj(y[..., :D].transpose(1, 2).flatten(2)))
+        eq, ek = (None, None) if signal.extend is None else signal.extend
+        y = attend(q, k, v, eq, ek, signal.bias, self.causal and not last_only)                # (B, H, T, D)
+        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: of GELU, as torch calls it: "tanh" is GPT-2's, which SeqPE's encoder uses; "none" is exact,
-    and faster on a CPU.
+    approximate: of GELU, as torch calls it. "tanh" is GPT-2's, which SeqPE's encoder uses. ours: in the model
+    "none", the exact one, which is faster on a CPU.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -152,10 +154,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(approximate),
                                  nn.Linear(4 * n_embd, n_embd), nn.Dropout(dropout))
 
-    def forward(self, x, signal=Signal(), cache=None, last_only=False):
+    def forward(self, x, signal=Signal(), last_only=False):
         if signal.input is not None:
             x = x + signal.input.type_as(x)
-        x = (x[:, -1:] if last_only else x) + self.attn(self.ln_1(x), signal, cache, last_only)
+        x = (x[:, -1:] if last_only else x) + self.attn(self.ln_1(x), signal, last_only)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -163,7 +165,7 @@ def _init_weights(module):
     """GPT-2's initialisation."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.LayerNorm):
         module.reset_parameters()
@@ -176,24 +178,25 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
-    n_head: of the encoder, and of the attention e_p is meant for. n_dim: coordinates of a position, each from
-    0 to below max_position (the paper's 20,000 for text), in as many digits as that takes in `base`: say
-    little more than you will ever read, as all of them have to be kept in order. width: of the encoder, if
-    not n_embd; 64 to 96 is plenty in a wide model. The paper trains with a dropout of 0.1.
+    n_head: of the encoder, and of the attention that e_p is meant for (ours: one number for both). n_dim:
+    coordinates of a position, each from 0 to below max_position, in as many digits as that takes in `base`.
+    max_position: the paper's 20,000 is for text; say little more than you will ever read, as all of them have
+    to be kept in order. width: of the encoder, if not n_embd; 64 to 96 is plenty in a wide model. head_norm:
+    the length that e_p then has in each head. dropout: the paper trains with 0.1.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
-                 dropout=0.0, norm=None):
+                 dropout=0.0, head_norm=None):
         super().__init__()
         width = width or n_embd
-        if min(n_embd, n_head, n_layer, n_dim, width, max_position, base - 1) < 1 or max_position > 2 ** 30:
-            raise ValueError("SeqPE: sizes are at least 1, base at least 2 and max_position at most 2 ** 30")
+        if min(n_embd, n_head, n_layer, n_dim, width, max_position - 1, base - 1) < 1 or max_position > 2 ** 30:
+            raise ValueError("SeqPE: sizes are at least 1, base at least 2, max_position from 2 to 2 ** 30")
         n_digits = next(n for n in range(1, 31) if base ** n >= max_position)
-        if n_embd % n_head or width % n_head or norm and n_embd == n_head:
+        if n_embd % n_head or width % n_head or head_norm and n_embd == n_head:
             raise ValueError(f"SeqPE: n_embd={n_embd}, width={width} must be divisible by n_head={n_head}; "
-                             "with norm, a head must have more than one channel")
+                             "with head_norm, a head must have more than one channel")
         self.n_embd, self.n_head, self.n_dim, self.n_digits, self.base = n_embd, n_head, n_dim, n_digits, base
-        self.max_position, self.norm = max_position, norm
+        self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_digits, width)      # at which place of its number
         self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None      # of which coordinate
@@ -211,12 +214,9 @@ class SeqPE(nn.Module):
     def forward(self, positions, check=True):
         """positions: (..., n_dim) integers -> e_p: (..., n_embd).
 
-        TypeError or ValueError for what is no position. check=False does not look at their values, for
-        positions on a GPU, which the host would wait for, and for torch.compile and torch.export.
+        ValueError for what is no position. check=False does not look at their values: for positions on a GPU,
+        which the host would wait for, and for torch.compile and torch.export.
         """
-        kind = positions.dtype if torch.is_tensor(positions) else type(positions).__name__
-        if kind not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-            raise TypeError(f"positions must be a tensor of integers, not {kind}")
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
         if check and positions.numel():
@@ -229,14 +229,15 @@ class SeqPE(nn.Module):
         x = self.symbol(digits.reshape(-1, self.n_dim, self.n_digits)) + self.place.weight
         if self.dimension is not None:
             x = x + self.dimension.weight.unsqueeze(1)      # (n, n_dim, n_digits, width), n positions
+        # Attention is causal, as in a language model: so [CLS] stands last, where it sees all digits.
         x = torch.cat([x.flatten(1, 2), self.cls.expand(x.size(0), 1, -1)], dim=1)      # (n, K + 1, width)
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last_only=True)              # only [CLS] is read, so only [CLS] asks
         e = self.proj(self.ln(x[:, 0]))
-        if self.norm:
+        if self.head_norm:
             # ours: the same length in each head, so that a dot product says how near, and nothing else.
-            e = self.norm * F.normalize(e.unflatten(-1, (self.n_head, -1)), dim=-1)
+            e = self.head_norm * F.normalize(e.unflatten(-1, (self.n_head, -1)), dim=-1)
         return e.reshape(*digits.shape[:-1], self.n_embd)
 
 
@@ -244,7 +245,7 @@ class SeqPE(nn.Module):
 # 4. The two regularisers, and start shifting
 
 
-def sample_hard_negatives(encoder, pivots, n_samples, generator=None):
+def sample_hard_negatives(encoder, pivots, n_samples):
     """Positions written much like the pivot: (P, n_dim) -> (P, n_samples, n_dim).
 
     1 to 3 random edits of its K digits. An edit inserts a digit (the leading one drops out), deletes one (a
@@ -260,7 +261,7 @@ def sample_hard_negatives(encoder, pivots, n_samples, generator=None):
                            keep[:at] + new + keep[at + 1:]] for at in keep], device=device)     # replace
 
     def draw(high):
-        return torch.randint(high, (*digits.shape[:-1], 1), generator=generator, device=device)
+        return torch.randint(high, (*digits.shape[:-1], 1), device=device)
 
     n_edits = draw(3)
     for i in range(3):
@@ -271,7 +272,7 @@ def sample_hard_negatives(encoder, pivots, n_samples, generator=None):
     return digits_to_position(digits, encoder.n_digits, encoder.base)
 
 
-def sample_groups(encoder, n_groups, n_candidates, paper=False, generator=None):
+def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups of positions to compare, a pivot and its M candidates: (P, N = 1 + M, n_dim), the pivot first.
 
     They are drawn in one of three ways: uniformly from all positions; so, with a fifth replaced by hard
@@ -281,12 +282,12 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False, generator=None):
     candidates out of thousands is dozens away, and copying the character before takes a distance of one.
     """
     n_dim, max_position = encoder.n_dim, encoder.max_position
-    kwargs = dict(generator=generator, device=encoder.cls.device)
+    kwargs = dict(device=encoder.cls.device)
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), **kwargs)
     candidates = torch.randint(max_position, (n_groups, n_candidates, n_dim), **kwargs)
 
     n_hard = n_candidates // 5
-    hard = sample_hard_negatives(encoder, pivots.squeeze(1), n_hard, generator)
+    hard = sample_hard_negatives(encoder, pivots.squeeze(1), n_hard)
     hard = torch.where(hard < max_position, hard, candidates[:, :n_hard])
     hard = torch.cat([hard, candidates[:, n_hard:]], dim=1)
 
@@ -346,7 +347,7 @@ def distillation_loss(e_teacher, e_students, n_head):
     return ((teacher.exp() - students.exp()) * (teacher - students)).sum(-1).mean()
 
 
-def place_windows(shape, n_windows, max_position, max_pieces=4, generator=None, device=None):
+def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """Start shifting: the training window at random places -> positions (n_windows, T, n_dim).
 
     shape: the training window, (T,) or (h, w). The paper moves windows as a whole (max_pieces=1). ours: each
@@ -356,7 +357,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, generator=None, 
     places = window(shape).to(device)                                                   # (T, n_dim)
     if max(shape) > max_position:
         raise ValueError(f"a window of shape {tuple(shape)} does not fit into 0 to {max_position - 1}")
-    kwargs = dict(generator=generator, device=device)
+    kwargs = dict(device=device)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), **kwargs)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces  # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), **kwargs)
@@ -368,7 +369,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, generator=None, 
     return places + offsets.gather(1, piece)
 
 
-def count_bias(positions, generator=None):
+def count_bias(positions):
     """ours: what the keys of a torn window count for: positions (B, T, 1) -> (B, 1, T, T), a bias of logits.
 
     A piece of n positions whose next piece starts `span` positions further on is a sample of span keys, which
@@ -382,12 +383,12 @@ def count_bias(positions, generator=None):
     piece = F.pad(gap[:, :-1] > 0, (1, 0)).cumsum(-1)       # (B, T): the number of its piece
     same = piece.unsqueeze(-1) == piece.unsqueeze(-2)                                   # (B, T, T)
     count = 1 + (same * gap.unsqueeze(-2)).sum(-1) / same.sum(-1)                       # (B, T): span / n
-    log_count = count.log() * torch.rand(len(gap), 1, generator=generator, device=gap.device)
+    log_count = count.log() * torch.rand(len(gap), 1, device=gap.device)
     return log_count.unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
 def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight=0.1, n_groups=4,
-                          n_candidates=32, n_students=4, n_samples=32, paper=False, generator=None):
+                          n_candidates=32, n_students=4, n_samples=32, paper=False):
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     encoder: a SeqPE; shape: the training window, (T,) or (h, w). paper: draw groups and compare them as the
@@ -399,29 +400,29 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
         raise ValueError(f"a window of shape {tuple(shape)} is not of the encoder's n_dim={encoder.n_dim}")
     loss = torch.zeros((), device=device)
     if contrastive_weight:
-        groups = sample_groups(encoder, n_groups, n_candidates, paper, generator)
+        groups = sample_groups(encoder, n_groups, n_candidates, paper)
         e = encoder(groups, check=False)
         n_head, n_pivots = (1, 1) if paper else (encoder.n_head, groups.size(1))
         loss = loss + contrastive_weight * contrastive_loss(e, groups, n_head, n_pivots)
     if distill_weight:
-        students = place_windows(shape, n_students, encoder.max_position, 1, generator, device)
-        chosen = torch.randperm(len(teacher), generator=generator, device=device)[:n_samples]
+        students = place_windows(shape, n_students, encoder.max_position, 1, device)
+        chosen = torch.randperm(len(teacher), device=device)[:n_samples]
         windows = torch.cat([teacher.unsqueeze(0), students])                           # (1 + S, T, n_dim)
         e = encoder(windows[:, chosen], check=False)                                    # (1 + S, m, C)
         loss = loss + distill_weight * distillation_loss(e[0], e[1:], encoder.n_head)
     return loss
 
 
-def warm_up(encoder, shape, steps=1000, learning_rate=2e-3, generator=None):
+def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=iter):
     """ours: order the space of positions before the model's first step, as a short training has no time to.
 
     The regularisers alone, in place: L_delta at full weight, since there is nothing to disturb yet, and four
     times the groups. Call it before DistributedDataParallel wraps the model: replicas would drift apart.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
-    for step in range(steps):
+    for step in progress(range(steps)):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        position_regularizers(encoder, shape, 1.0, n_groups=16, generator=generator).backward()
+        position_regularizers(encoder, shape, 1.0, n_groups=16).backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -442,9 +443,9 @@ class TransformerConfig:
     max_position: int = 2048    # these as SeqPE has them
     base: int = 10
     pe_dropout: float = 0.0
-    pe_norm: Optional[float] = None
+    head_norm: Optional[float] = None
     pe_embd: Optional[int] = None       # size of e_p, n_embd if not given; for the fusion "scalar" alone
-    map_std: float = 0.02       # of the maps W at the start; 0: multiples of the identity
+    diagonal_maps: bool = False         # how the maps W start: N(0, 0.02), or diagonal (see EmbeddingPE)
 
 
 @dataclass
@@ -454,7 +455,7 @@ class GPTConfig(TransformerConfig):
 
 
 class PositionEncoding(nn.Module):
-    """positions (..., T, n_dim) -> a list of n_layer Signals. This one is nope: it says nothing.
+    """positions (T, n_dim) or (B, T, n_dim) -> a list of n_layer Signals. This one is nope: it says nothing.
 
     shape: the training window's. class_token: the model has one, which gets a row of its own in front.
     """
@@ -466,6 +467,12 @@ class PositionEncoding(nn.Module):
         self.head_dim = config.n_embd // config.n_head
 
     def forward(self, positions):
+        if positions.dim() not in (2, 3) or positions.size(-1) != self.n_dim:
+            raise ValueError(f"positions must be (T, {self.n_dim}) or (B, T, {self.n_dim}), "
+                             f"got {tuple(positions.shape)}")
+        return self.signals(positions)
+
+    def signals(self, positions):
         return [Signal()] * self.config.n_layer
 
     def interpolate(self, shape):
@@ -473,14 +480,13 @@ class PositionEncoding(nn.Module):
 
         Position i of the larger one is as far along in the smaller: a fraction, at the border past its end.
         """
-        return self((window(shape) + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
+        return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
 class RoPE(PositionEncoding):
-    """Rotary encoding: the angle of a pair of channels is a weighted sum of the coordinates.
+    """Rotary encoding (Su et al. 2021): a pair of channels is turned by an angle, position times frequency.
 
-    rope (Su et al. 2021; axial in n-D): a pair looks at one coordinate, at a fixed frequency. rope_mixed (Heo
-    et al. 2024): it looks at both coordinates of an image, at frequencies learned for each layer and head.
+    Axial in n-D: each coordinate has its share of the pairs.
     """
 
     def __init__(self, config, shape, class_token=False):
@@ -488,28 +494,20 @@ class RoPE(PositionEncoding):
         if self.head_dim % (2 * self.n_dim):
             raise ValueError(f"rope in {self.n_dim}-D needs n_embd / n_head divisible by {2 * self.n_dim}, "
                              f"got {self.head_dim}")
-        # Integers, which a model's .bfloat16() leaves alone: frequencies need all of float32.
-        self.register_buffer("pair", torch.arange(self.head_dim // 2 // self.n_dim), persistent=False)
-        if config.pe == "rope_mixed":
-            if self.n_dim != 2:
-                raise ValueError("rope_mixed is an encoding of images: it needs positions of 2 dimensions")
-            # Each half of the pairs looks along an axis, the two at right angles, at random in each head.
-            angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1)
-            angle = angle + torch.tensor([0, math.pi / 2])
-            axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)    # (n_layer, H, n_dim, 2, 1)
-            self.learned = nn.Parameter((axes * self.magnitude()).flatten(-2))      # (n_layer, H, n_dim, D/2)
 
-    def magnitude(self):
+    def magnitude(self, device=None):
+        """The frequencies of a coordinate, in float32 whatever the model's type: angles need all of it."""
+        n_pairs = self.head_dim // 2 // self.n_dim
         theta = 10000.0 if self.n_dim == 1 else 100.0       # a grid has few rows, a text many characters
-        return theta ** (-self.pair / len(self.pair))
+        return theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
 
-    def forward(self, positions):
-        if self.config.pe == "rope_mixed":
-            frequency = self.learned.float()
-        else:
-            frequency = torch.block_diag(*[self.magnitude()[None]] * self.n_dim)    # (n_dim, D/2)
-            frequency = frequency[None, None]       # the same for all layers and heads
-        positions = positions.to(self.pair.device).float()
+    def frequency(self, device):
+        """What each coordinate is multiplied by: (n_layer or 1, H or 1, n_dim, D/2)."""
+        return torch.block_diag(*[self.magnitude(device)[None]] * self.n_dim)[None, None]
+
+    def signals(self, positions):
+        frequency = self.frequency(positions.device)
+        positions = positions.to(frequency.device, torch.float32)
         # A product and a sum, not a matrix product: autocast would round the angles to 8 bits.
         angle = (positions[..., None, None, :, :, None] * frequency.unsqueeze(-3)).sum(-2)
         angle = F.pad(angle, (0, 0, int(self.class_token), 0))      # (..., n_layer or 1, H or 1, T, D/2)
@@ -528,32 +526,28 @@ class ALiBi(PositionEncoding):
         super().__init__(config, shape, class_token)
         if self.n_dim != 1 or class_token:
             raise ValueError("alibi is an encoding of text: it has no form for images")
-        self.register_buffer("head", torch.arange(1, config.n_head + 1), persistent=False)
 
-    def forward(self, positions):
-        slope = 2.0 ** (-8 * self.head / len(self.head)) * self.head_dim ** 0.5     # attention divides by it
-        positions = positions.to(slope.device).float()
-        low = positions % 256
+    def signals(self, positions):
+        head = torch.arange(1, self.config.n_head + 1, dtype=torch.float32, device=positions.device)
+        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5           # attention divides by it
+        low = positions.float() % 256
         j = torch.cat([positions - low, low], dim=-1).unsqueeze(-3)                 # (..., 1, T, 2)
         j = j.expand(*j.shape[:-3], len(slope), -1, -1)                             # (..., H, T, 2)
         return [Signal(extend=torch.stack([slope.view(-1, 1, 1).expand_as(j), j]))] * self.config.n_layer
 
 
 class LearnedTable(nn.Module):
-    """A vector for each position of the training window, and none beyond it."""
+    """A vector for each position of the training window, and none beyond it: an IndexError there."""
 
     def __init__(self, shape, n_embd):
         super().__init__()
-        self.shape, self.max_position = shape, max(shape)
+        self.max_position = max(shape)
         self.weight = nn.Parameter(torch.randn(*shape, n_embd) * 0.02)
 
     def forward(self, positions):
-        limit = positions.new_tensor(self.shape)
-        if positions.numel() and (positions.min() < 0 or (positions >= limit).any()):
-            lowest, highest = (tuple(end.tolist()) for end in positions.flatten(0, -2).aminmax(dim=0))
-            raise ValueError(f"the learned table holds positions from 0 to below {self.shape}, "
-                             f"got {lowest} to {highest}; interpolate=True stretches it")
-        return self.weight[positions.unbind(-1)]
+        # What is negative would count from the end: it is moved past it.
+        sizes = zip(positions.unbind(-1), self.weight.shape)
+        return self.weight[tuple(torch.where(each < 0, size, each) for each, size in sizes)]
 
 
 class Sinusoid(nn.Module):
@@ -564,12 +558,12 @@ class Sinusoid(nn.Module):
         super().__init__()
         if n_embd % (2 * n_dim):
             raise ValueError(f"sinusoidal in {n_dim}-D needs n_embd divisible by {2 * n_dim}, got {n_embd}")
-        self.register_buffer("pair", torch.arange(n_embd // 2 // n_dim), persistent=False)
+        self.n_pairs = n_embd // 2 // n_dim
         self.gain = nn.Parameter(torch.tensor(0.1))     # ours: tokens start at 0.02, a gain of 1 drowns them
 
     def forward(self, positions):
-        frequency = 10000.0 ** (-self.pair / len(self.pair))
-        angle = positions.to(self.pair.device).unsqueeze(-1) * frequency            # (..., n_dim, n)
+        pair = torch.arange(self.n_pairs, dtype=torch.float32, device=self.gain.device)
+        angle = positions.to(pair.device).unsqueeze(-1) * 10000.0 ** (-pair / self.n_pairs)     # (..., n_dim, n)
         return self.gain * torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
@@ -581,67 +575,66 @@ class EmbeddingPE(PositionEncoding):
         mul     q_i * eq_i and k_j * ek_j,      [eq, ek] = W e, a W for each layer
         add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
 
-    The paper has scalar for text and mul for images, and W starts small and random (map_std). ours: with
-    map_std=0, eq . ek / sqrt(D) starts as gain * e_i . e_j, which L_delta has already made large nearby and
-    falling with distance. The gains go from 1 in the first head to 1/64 in the last of four: some begin by
-    looking nearby, some everywhere. Under mul W starts as the identity: a gain would scale the content.
+    The paper has scalar for text and mul for images, and W starts at random, N(0, 0.02). ours: diagonal_maps.
+    W is diagonal at first, such that eq . ek / sqrt(D) is gain * e_i . e_j, which L_delta has already made
+    large nearby and falling with distance. The gain is 1 in the first head and 1/64 in the last of four: some
+    heads begin by looking nearby, some everywhere. Under mul W starts as the identity.
     """
 
     def __init__(self, config, shape, class_token=False):
         super().__init__(config, shape, class_token)
-        C, n_layer = config.n_embd, config.n_layer
-        self.fusion = config.fusion if config.pe == "seqpe" else "input"
+        C, n_layer, is_seqpe = config.n_embd, config.n_layer, config.pe == "seqpe"
+        self.fusion = config.fusion if is_seqpe else "input"
         # ours: half a head's channels are enough to say how near, and attention pays for each (pe_embd).
         size = self.fusion == "scalar" and config.pe_embd or C
-        if config.pe == "seqpe":
+        if is_seqpe:
             self.embedding = SeqPE(size, config.n_head, n_dim=self.n_dim, base=config.base,
                                    max_position=config.max_position, dropout=config.pe_dropout,
-                                   norm=config.pe_norm)
+                                   head_norm=config.head_norm)
         else:
             self.embedding = LearnedTable(shape, C) if config.pe == "learned" else Sinusoid(self.n_dim, C)
         self.max_position = self.embedding.max_position
         # The class token has no place in the grid: its vector is learned, and starts as large as the others.
-        std = 1.0 if config.pe == "seqpe" and config.pe_norm else 0.02
+        std = 1.0 if is_seqpe and config.head_norm else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours: a gain as Sinusoid has; SeqPE's e_p starts at 1, and a text's tokens stayed unread beside it.
-        large = config.pe == "seqpe" and self.fusion == "input"
-        self.input_gain = nn.Parameter(torch.tensor(0.1)) if large else 1.0
+        self.input_gain = nn.Parameter(torch.tensor(0.1)) if is_seqpe and self.fusion == "input" else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(n_maps))
         gain = 2.0 ** (-8 * torch.arange(config.n_head) / config.n_head) * self.head_dim ** 0.5
         gain = torch.ones(size) if self.fusion == "mul" else gain.repeat_interleave(size // config.n_head)
         for W in self.maps:
-            nn.init.normal_(W.weight, std=config.map_std)
-            if not config.map_std:
+            nn.init.normal_(W.weight, std=0.02)
+            if config.diagonal_maps:
                 W.weight.data.copy_(gain.sqrt().diag().repeat(2, 1))
 
-    def forward(self, positions):
+    def signals(self, positions):
         if positions.dim() == 2:
-            return self.signals(self.embedding(positions))                              # (T, C)
+            return self.fuse(self.embedding(positions))                                     # (T, E)
         # Sequences that share a window share its embeddings.
         windows, which = positions.unique(dim=0, return_inverse=True)
-        return self.signals(self.embedding(windows)[which])                             # (B, T, C)
+        return self.fuse(self.embedding(windows)[which])                                    # (B, T, E)
 
     def interpolate(self, shape):
         e = self.embedding(window(self.shape))
-        grid = e.T.unflatten(-1, self.shape).unsqueeze(0)                               # (1, C, *self.shape)
+        grid = e.T.unflatten(-1, self.shape).unsqueeze(0)                               # (1, E, *self.shape)
         grid = F.interpolate(grid, size=tuple(shape), mode="linear" if self.n_dim == 1 else "bicubic")
-        return self.signals(grid.flatten(2)[0].T)
+        return self.fuse(grid.flatten(2)[0].T)
 
-    def signals(self, e):
-        """e: (T, C) or (B, T, C) -> a list of n_layer Signals."""
+    def fuse(self, e):
+        """e: (T, E) or (B, T, E) -> a list of n_layer Signals."""
         if self.cls is not None:
             e = torch.cat([self.cls.expand(*e.shape[:-2], 1, -1), e], dim=-2)
         n_layer, n_head = self.config.n_layer, self.config.n_head
         if self.fusion == "input":
             return [Signal(input=self.input_gain * e)] + [Signal()] * (n_layer - 1)
-        # W e: (..., T, 2 * C), for queries and for keys -> (2, ..., H, T, E)
+        # W e: (..., T, 2 * E), for queries and for keys -> (2, ..., H, T, E/H)
         heads = [W(e).unflatten(-1, (2, n_head, -1)).movedim(-3, 0).transpose(-3, -2) for W in self.maps]
         return [Signal(**{FUSIONS[self.fusion]: each}) for each in heads] * (n_layer // len(heads))
 
 
-FUSIONS = {"scalar": "extend", "mul": "mul", "add": "add", "input": "input"}    # the channel each one uses
-ENCODINGS = {"seqpe": EmbeddingPE, "rope": RoPE, "rope_mixed": RoPE, "alibi": ALiBi, "learned": EmbeddingPE,
+FUSIONS = {"scalar": "extend", "mul": "mul", "add": "add", "input": "input"}    # the field that each one sets
+ENCODINGS = {"seqpe": EmbeddingPE, "rope": RoPE, "alibi": ALiBi, "learned": EmbeddingPE,
              "sinusoidal": EmbeddingPE, "nope": PositionEncoding}
 
 
@@ -669,16 +662,15 @@ class Transformer(nn.Module):
         """The SeqPE inside, or None."""
         return self.pe.embedding if self.config.pe == "seqpe" else None
 
-    def signals(self, shape, positions=None, interpolate=False):
-        """Those of the window of this shape, extended or interpolated, or of given positions."""
-        if positions is None and interpolate and tuple(shape) != self.shape:
-            return self.pe.interpolate(tuple(shape))
-        return self.pe(window(shape) if positions is None else positions)
-
-    def transform(self, x, signals, caches=None):
-        """Token embeddings x (B, T, C) through all the blocks."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, signals[i], caches[i] if caches else None)
+    def transform(self, x, signals):
+        """Token embeddings x (B, T, C) through all the blocks, with a Signal for each."""
+        B, T, _ = x.shape
+        if any(t is not None and t.size(-2) != T for signal in signals for t in signal):
+            raise ValueError(f"the positions are not as many as the tokens, {T}")
+        for block, signal in zip(self.blocks, signals, strict=True):
+            x = block(x, signal)
+        if len(x) != B:
+            raise ValueError(f"the positions are of {len(x)} sequences, the tokens of {B}")
         return self.ln(x)
 
 
@@ -690,16 +682,13 @@ class GPT(Transformer):
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.tokens.weight, std=0.02)       # also the output layer's weights
 
-    def forward(self, idx, targets=None, positions=None, bias=None, interpolate=False):
+    def forward(self, idx, targets=None, signals=None):
         """idx: (B, T) tokens -> logits (B, T, vocab_size) and, with targets (B, T), the mean loss in nats.
 
-        positions: (T, 1) or (B, T, 1), default 0 to T - 1. bias: (B, 1, T, T), for the logits of attention
-        (see count_bias). interpolate: stretch the positions of the training window over T instead of going
-        beyond it. Targets of -1 do not count.
+        signals: what the encoding tells each layer, if not that of positions 0 to T - 1; for example
+        model.pe(positions) or model.pe.interpolate((T,)). Targets of -1 do not count.
         """
-        signals = self.signals(idx.shape[1:], positions, interpolate)
-        if bias is not None:
-            signals = [s._replace(bias=bias if s.bias is None else s.bias + bias) for s in signals]
+        signals = self.pe(window(idx.shape[1:])) if signals is None else signals
         logits = F.linear(self.transform(self.tokens(idx), signals), self.tokens.weight)
         if targets is None:
             return logits, None
@@ -707,26 +696,12 @@ class GPT(Transformer):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue idx (B, T) -> (B, T + max_new_tokens); temperature 0 takes the likeliest token.
-
-        Every layer keeps its keys and values, so each position is encoded and each token seen once.
-        """
-        if idx.size(1) < 1 or temperature < 0 or top_k is not None and top_k < 1:
-            raise ValueError("generate needs a token to start from, temperature >= 0 and top_k >= 1")
-        signals = self.pe(window((idx.size(1) + max_new_tokens,))[:-1])     # the last token is not read
-        caches, seen = [{} for _ in self.blocks], 0
+        """Continue idx (B, T) -> (B, T + max_new_tokens). Each token costs a pass over the whole text."""
         for _ in range(max_new_tokens):
-            T = idx.size(1)
-            x = self.transform(self.tokens(idx[:, seen:]), [s.at(slice(seen, T)) for s in signals], caches)
-            seen = T
-            logits = F.linear(x[:, -1], self.tokens.weight).float()
+            logits = self(idx)[0][:, -1].float() / temperature
             if top_k is not None:
                 kept = logits.topk(min(top_k, logits.size(-1))).values
-                logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # no overflow
-                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                logits[logits < kept[:, -1:]] = -math.inf
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, token], dim=1)
         return idx

@@ -1,22 +1,18 @@
 """Train a small ViT on images of one size, then show it the same images enlarged, up to three times.
 
-    python train_vit.py --pe seqpe          handwritten digits, which lie in data/: no download
-    python train_vit.py --pe all --seed 0,1,2   every encoding, three seeds each
-    python train_vit.py --recipe paper      train SeqPE as the paper does
-    python train_vit.py --data FILE.npz     other images: uint8 `images`, integer `labels`
-    python train_vit.py --resume            go on after Ctrl-C, a crash or a closed laptop
-    python train_vit.py --load out/FILE.pt --eval
+    python train_vit.py --pe seqpe              handwritten digits, which lie in data/: no download
+    python train_vit.py --pe all --seed 0,1,2   every encoding, three times each, in one table and one chart
+    python train_vit.py --recipe paper          SeqPE trained as in the paper
+    python train_vit.py --data FILE.npz         other images: uint8 `images`, integer `labels`
+    python train_vit.py --resume                go on after Ctrl-C or a crash; show what is finished again
 
 Against train_lm.py, a position has two coordinates in place of one. Nothing else about SeqPE is different.
 """
 
 import math
-import signal
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C in the imports
 
 import numpy as np
 import torch
@@ -24,16 +20,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from seqpe import Transformer, TransformerConfig, window
-from train_lm import model_settings, parse, run_all, run_script
+from seqpe import ENCODINGS, RoPE, Transformer, TransformerConfig, window
+from train_lm import parse, run_all, run_script
 
 MAGNIFICATIONS = (1, 1.5, 2, 2.5, 3)
-DEFAULTS = {"digits": dict(n_embd=96, steps=4000, lr=1e-3)}
-# For images ours is nearer to the paper's.
-RECIPES = {"ours": dict(shift_prob=0.1, pieces=1, pe_embd=0, fusion="scalar"), "paper": dict(fusion="mul")}
 
 # ------------------------------------------------------------------------------------------------------------
 # The model
+
+
+class RoPEMixed(RoPE):
+    """Heo et al. 2024: the angle of a pair hangs on both coordinates, at frequencies learned for each head."""
+
+    def __init__(self, config, shape, class_token=False):
+        super().__init__(config, shape, class_token)
+        # Each half of the pairs looks along an axis, the two at right angles, at random in each head.
+        angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1)
+        angle = angle + torch.tensor([0, math.pi / 2])
+        axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)         # (n_layer, H, 2, 2, 1)
+        self.learned = nn.Parameter((axes * self.magnitude()).flatten(-2))          # (n_layer, H, 2, D/2)
+
+    def frequency(self, device):
+        return self.learned.float()
+
+
+ENCODINGS["rope_mixed"] = RoPEMixed
 
 
 @dataclass
@@ -58,23 +69,21 @@ class ViT(Transformer):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images, targets=None, positions=None, interpolate=False, kept=None):
+    def forward(self, images, targets=None, signals=None, kept=None):
         """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
 
-        positions: of the patches, (T, 2) or (B, T, 2), default a grid from (0, 0). interpolate: stretch those
-        of the training grid over a larger one instead of going beyond it. kept: (n,) indices of the only
-        patches to look at, of the T there are.
+        kept: (n,) indices of the only patches to look at, of the T there are. signals: what the encoding tells
+        each layer of the patches looked at, if not that of their places in the grid.
         """
         patch = self.config.patch_size
         if images.size(-2) % patch or images.size(-1) % patch:
             raise ValueError(f"an image of {tuple(images.shape[-2:])} is not divisible by patch_size={patch}")
         x = self.patches(images)                                                    # (B, C, h, w)
-        shape, x = x.shape[-2:], x.flatten(2).transpose(1, 2)                       # (B, T, C)
+        places, x = window(x.shape[-2:]), x.flatten(2).transpose(1, 2)              # (T, 2), (B, T, C)
         if kept is not None:
-            x = x[:, kept]
-            positions = (window(shape) if positions is None else positions)[..., kept, :]
+            places, x = places[kept], x[:, kept]
         x = torch.cat([self.cls.expand(x.size(0), 1, -1), x], dim=1)
-        logits = self.head(self.transform(x, self.signals(shape, positions, interpolate))[:, 0])
+        logits = self.head(self.transform(x, self.pe(places) if signals is None else signals)[:, 0])
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
 
@@ -140,29 +149,33 @@ def augment(images, size, generator):
 
 class Images:
     """Classification, scored on the same images enlarged to more and more patches."""
+    encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
+    options = {"image_size": (32, 1, 4096, "training size, in pixels"),
+               "patch_size": (4, 1, 4096, "size of a patch, in pixels"),
+               "keep": (0.25, 1e-6, 1, "least share of patches in a training step")}
+    # For images ours is nearer to the paper's.
+    defaults = dict(n_embd=96, steps=4000, lr=1e-3, shift_prob=0.1, pieces=1, pe_embd=0)
+    paper, more = dict(fusion="mul"), {}
+    tables = {"Images recognised in %, the grid extended, by their size in pixels": dict(interpolate=False),
+              "Images recognised in %, the grid interpolated, by their size in pixels": dict(interpolate=True)}
     form = ".1f"
 
-    def __init__(self, args, about=None):
-        self.args, self.about, patch = args, about, args.patch_size
-        self.sizes = [round(args.image_size * m / patch) * patch for m in MAGNIFICATIONS]
-
-    def read(self):
-        images, labels = read_images(self.args.data, self.args.image_size)
-        about = {"n_channels": images.size(1), "n_classes": int(labels.max()) + 1}
-        if self.about not in (None, about):
-            raise ValueError(f"--data {self.args.data} holds other images than those of training")
-        self.about = about
+    def __init__(self, args):
+        images, labels = read_images(args.data, args.image_size)
+        if len(images) < 9:
+            raise ValueError(f"--data {args.data}: {len(images)} images are too few")
         # Of every nine images two are for the test, and one is for validation: for choosing settings.
         ninth = torch.arange(len(images)) % 9
         self.splits = {name: (images[of], labels[of]) for name, of in
                        (("train", (ninth > 0) & (ninth < 7)), ("val", ninth == 0), ("test", ninth > 6))}
-        if len(images) < 9:
-            raise ValueError(f"--data {self.args.data}: {len(images)} images are too few")
+        self.args, self.about = args, {"n_channels": images.size(1), "n_classes": int(labels.max()) + 1}
+        self.sizes = [round(args.image_size * m / args.patch_size) * args.patch_size for m in MAGNIFICATIONS]
+        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.contiguous().numpy()))
 
     def model(self, pe):
-        args = self.args
-        return ViT(ViTConfig(**model_settings(args, pe, self.sizes[-1] // args.patch_size), **self.about,
-                             image_size=args.image_size, patch_size=args.patch_size))
+        found = vars(self.args) | {"pe": pe} | self.about
+        found["max_position"] = max(self.args.max_position, self.sizes[-1] // self.args.patch_size)
+        return ViT(ViTConfig(**{field.name: found[field.name] for field in fields(ViTConfig)}))
 
     def batch(self, generator):
         """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
@@ -177,40 +190,31 @@ class Images:
         n_kept = torch.randint(math.ceil(self.args.keep * n_patches), n_patches + 1, (), generator=generator)
         return images, labels[which], torch.randperm(n_patches, generator=generator)[:n_kept]
 
-    def loss(self, model, batch, positions, bias):
+    def loss(self, model, batch, windows):
         images, labels, kept = batch
-        return model(images.to(self.args.device), labels.to(self.args.device), positions, kept=kept)[1]
+        which = torch.arange(len(images)) % 8
+        signals = None if windows is None else model.pe(windows[which][:, kept])
+        return model(images.to(self.args.device), labels.to(self.args.device), signals, kept)[1]
 
     @torch.no_grad()
-    def accuracy(self, model, split, size, interpolate=False):
+    def score(self, model, split, size, interpolate):
+        """The share of images, in %, that are recognised. The learned table can only be interpolated."""
         right, (images, labels) = 0, self.splits[split]
+        grid, signals = (size // self.args.patch_size,) * 2, None
+        if (interpolate or model.config.pe == "learned") and grid != model.shape:
+            signals = model.pe.interpolate(grid)
         for some in tqdm(torch.arange(len(labels)).split(100), f"{size} px", leave=False, delay=5):
-            logits = model(draw(images[some], size).to(self.args.device), interpolate=interpolate)[0]
+            logits = model(draw(images[some], size).to(self.args.device), signals=signals)[0]
             right += (logits.argmax(-1).cpu() == labels[some]).sum().item()
         return 100 * right / len(labels)
 
-    def validate(self, model):
-        return self.accuracy(model, "val", self.args.image_size)
-
-    def evaluate(self, model):
-        """{title of a table: {column: score}}. The learned table cannot be extended: both interpolate it."""
-        tables = {}
-        for way in ("interpolated", "extended"):
-            interpolate = way == "interpolated" or model.config.pe == "learned"
-            tables[f"% right, the grid {way}, at a size of"] = {
-                size: self.accuracy(model, self.args.split, size, interpolate) for size in self.sizes}
-        return tables
-
-    def show(self, model):
+    def show(self, model, seed):
         """There is nothing to sample."""
 
 
 def main(argv=None):
-    options = {"--image-size": (32, 1, 4096, "training size, in pixels"),
-               "--patch-size": (4, 1, 4096, "size of a patch, in pixels"),
-               "--keep": (0.25, 1e-6, 1.0, "least share of patches in a training step")}
-    encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
-    return run_all(Images, parse(argv, __doc__, encodings, options, DEFAULTS, RECIPES))
+    args, Task = parse(argv, __doc__, {"digits": Images})
+    return run_all(Task, args)
 
 
 if __name__ == "__main__":
