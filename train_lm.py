@@ -31,108 +31,92 @@ import torch.nn.functional as F
 from torch.utils.benchmark import timer
 from tqdm import tqdm
 
-from seqpe import FUSIONS, GPT, GPTConfig, count_bias, place_windows, position_regularizers, pretrain_encoder
+from seqpe import (FUSIONS, GPT, GPTConfig, count_bias, place_windows, position_regularizers,
+                   pretrain_encoder, window)
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
+# ---- Arguments --------------------------------------------------------------------------------------------
 
 OPTIONS = {     # our default, the paper's where it is another, least, most, what it is
-    "model and training": {
-        "steps": (800, 1, 10 ** 7, "training steps"),
-        "batch_size": (32, 1, 65536, "sequences in a step"),
-        "lr": (3e-3, 0, 10, "peak learning rate"),
-        "n_layer": (4, 1, 128, "layers of the model"),
-        "n_head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
-        "n_embd": (128, 1, 8192, "width of the model"),
-    },
-    "SeqPE and its training": {
-        "shift_prob": (0.5, 0.1, 0, 1, "share of steps with windows at random places"),
-        "pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
-        "shifted_ood": (1, 0, 0, 1, "1: L_OOD on those steps, too"),
-        "contrastive_weight": (0.1, 0, 1e3, "weight of L_delta"),
-        "distill_weight": (0.1, 0.1 / 32, 0, 1e3, "weight of L_OOD; the paper's code averages over rows"),
-        "paper_groups": (0, 1, 0, 1, "1: draw and compare groups in L_delta as the paper does"),
-        "pretrain_steps": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
-        "head_norm": (6.0, 0.0, 0, 1e3, "length of e_p in each head; 0: as it comes"),
-        "diagonal_maps": (1, 0, 0, 1, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
-        "pe_embd": (64, 0, 0, 8192, "size of e_p and width of its encoder, for scalar; 0: the model's"),
-        "pe_dropout": (0.0, 0.1, 0, 0.9, "dropout in SeqPE's encoder"),
-        "base": (10, 2, 4096, "base of the digits"),
-        "max_position": (2, 2, 2 ** 30, "positions that SeqPE holds; at least as many as are read"),
-    },
+    "steps": (800, 1, 10 ** 7, "training steps"),
+    "batch_size": (32, 1, 65536, "sequences in a step"),
+    "lr": (3e-3, 0, 10, "peak learning rate"),
+    "n_layer": (4, 1, 128, "layers of the model"),
+    "n_head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
+    "n_embd": (128, 1, 8192, "width of the model"),
+    "shift_prob": (0.5, 0.1, 0, 1, "share of the eight windows of a step that are at random places"),
+    "shift_whole": (0, 1, 0, 1, "1: all eight windows of a step are, or none"),
+    "pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
+    "shifted_ood": (1, 0, 0, 1, "1: L_OOD on those steps, too"),
+    "contrastive_weight": (0.1, 0, 1e3, "weight of L_delta"),
+    "distill_weight": (0.1, 0.1 / 32, 0, 1e3, "weight of L_OOD; the paper's code averages over rows"),
+    "paper_groups": (0, 1, 0, 1, "1: groups and students drawn, compared and as many as in the paper"),
+    "pretrain_steps": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
+    "head_norm": (6.0, 0.0, 0, 1e3, "length of e_p in each head; 0: as it comes"),
+    "diagonal_maps": (1, 0, 0, 1, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
+    "pe_embd": (64, 0, 0, 8192, "size of e_p and width of its encoder, for scalar; 0: the model's"),
+    "pe_dropout": (0.0, 0.1, 0, 0.9, "dropout in SeqPE's encoder"),
+    "base": (10, 2, 4096, "base of the digits"),
+    "max_position": (2, 2, 2 ** 30, "positions that SeqPE holds; at least as many as are read"),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def number(least, most, kind):
-    """For argparse: a number from least to most."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {text[:20]!r}")
-        return value
-    parse.__name__ = kind.__name__      # for argparse's own message: invalid int value
-    return parse
 
 
 def comma_list(kind):
     def parse(text):
         return list(dict.fromkeys(map(kind, text.split(","))))
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__      # for argparse's own message: invalid int value
     return parse
 
 
-def parse(argv, doc, tasks):
-    """The arguments of a script, and its task. tasks: {--data: class}, the first of them for files, too."""
-    first = Parser(add_help=False, allow_abbrev=False)      # what the other defaults depend on
-    first.add_argument("--data", default=next(iter(tasks)))
-    first.add_argument("--recipe", choices=("ours", "paper"), default="ours")
-    chosen = first.parse_known_args(argv)[0]
-    Task = tasks.get(chosen.data, next(iter(tasks.values())))
-
-    parser = Parser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--pe", type=comma_list(str), default=["seqpe"], help=f"a comma list of {', '.join(Task.encodings)}; or all")
-    add("--data", default=chosen.data, help=f"{', '.join(tasks)}, or a file")
+def parse(argv, doc, tasks, options, more={}):
+    """The arguments of a script, and its task: one of tasks, {--data: class}; the first is that of files, too."""
+    first, cuda = next(iter(tasks.values())), torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("every day").add_argument
+    add("--pe", type=comma_list(str), default=["seqpe"], help=f"a comma list of {', '.join(first.encodings)}; or all")
+    add("--data", default=next(iter(tasks)), help=f"{', '.join(tasks)}, or a file")
     add("--recipe", choices=("ours", "paper"), default="ours", help="how SeqPE is trained")
-    add("--seed", type=comma_list(number(0, 2 ** 32, int)), default=[0], help="of everything random, or a comma list")
+    add("--seed", type=comma_list(int), default=[0], help="of everything random, or a comma list of them")
     add("--resume", action="store_true", help="go on with what --out holds of this command, or show it again")
-    add("--out", type=Path, default=Path("out"), help="folder of checkpoints and results (out)")
-    add("--split", choices=("test", "val"), default="test", help="what tables score; settings are chosen on val")
+    add("--out", type=Path, default=Path("out"), help="folder of checkpoints and results (%(default)s)")
+    add("--split", choices=("test", "val"), default="test", help="what tables score; val is for choosing settings")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    for flag, keywords in Task.more.items():
+    for flag, keywords in more.items():
         add(flag, **keywords)
-    rows, defaults = {}, Task.defaults | (Task.paper if chosen.recipe == "paper" else {})
-    for title, group in OPTIONS.items():
-        group = (Task.options if not rows else {}) | group
-        add, rows = parser.add_argument_group(title).add_argument, rows | group
-        for name, (*values, least, most, text) in group.items():
-            default = defaults.get(name, values[-1 if chosen.recipe == "paper" else 0])
-            add("--" + name.replace("_", "-"), type=number(least, most, type(values[0])), default=default,
-                help=f"{text} ({default:g})")
-    add("--fusion", choices=FUSIONS, default=defaults.get("fusion", "scalar"), help="how SeqPE enters the model (%(default)s)")
+    add("-h", "--help", action="store_true")
+    options = options | OPTIONS
+    for name, (*values, _, _, text) in options.items():
+        if name in ("steps", "shift_prob"):
+            group = "model and training" if name == "steps" else "SeqPE and its training"
+            add = parser.add_argument_group(group).add_argument
+        add("--" + name.replace("_", "-"), type=type(values[0]), default=values[0], help=f"{text} (%(default).4g)")
+    add("--fusion", choices=FUSIONS, default="scalar", help="how SeqPE enters the model (%(default)s)")
+
+    args, _ = parser.parse_known_args(argv)         # a first look, as other defaults depend on it
+    Task, paper = tasks.get(args.data, first), args.recipe == "paper"
+    parser.set_defaults(**{name: row[paper and len(row) > 4] for name, row in options.items()})
+    parser.set_defaults(**Task.defaults | (Task.paper if paper else {}))
     args = parser.parse_args(argv)
-    args.pe = Task.encodings if args.pe == ["all"] else args.pe
-    if unknown := set(args.pe) - set(Task.encodings):
-        parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(Task.encodings)}, all")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.help:
+        parser.exit(message=parser.format_help())
+    for name, (*_, least, most, _) in options.items():
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}, not {getattr(args, name)}")
+    if not 0 <= min(args.seed) <= max(args.seed) <= 2 ** 32:
+        parser.error(f"--seed must be from 0 to 2 ** 32, not {args.seed}")
+    args.pe = first.encodings if args.pe == ["all"] else args.pe
+    if unknown := set(args.pe) - set(first.encodings):
+        parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(first.encodings)}, all")
+    if args.device == "cuda" and not cuda:
         parser.error("torch finds no cuda here; try --device cpu")
-    # What a run's files are named after: all that is not as it would be without being said.
-    args.name = "".join(f"-{name.replace('_', '-')}={value}" for name, value in vars(args).items() if
-                        name in [*rows, "recipe", "fusion"] and value != parser.get_default(name))
+    args.device = "cuda" if args.device != "cpu" and cuda else "cpu"
+    # Files are named after all that is not as it would be without being said.
+    args.name = "".join(f"-{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+                        if name in [*options, "recipe", "fusion"] and value != parser.get_default(name))
     return args, Task
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
-
+# ---- Data -------------------------------------------------------------------------------------------------
 
 def read_text(data):
     """--data -> {split: text}."""
@@ -157,12 +141,8 @@ def read_text(data):
 class Text:
     """Next-character prediction, scored on the same last characters with more and more context."""
     encodings = ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
-    options = {"block_size": (128, 1, 65536, "training length, in characters"),
-               "reach": (16, 1, 1024, "how many times that length is read at the end")}
-    defaults, paper = {}, {}            # in place of OPTIONS'; for --recipe paper
-    more = {"--sample": dict(metavar="PROMPT", help="what the sample at the end goes on from"),
-            "--bench": dict(action="store_true", help="measure speed instead")}
-    tables = {"Loss in nats per character (lower is better), by characters of context": {}}     # how to score()
+    defaults, paper = {}, {}            # in place of OPTIONS'; the same for --recipe paper alone
+    tables = {"Loss in nats per character (lower is better), by characters of context": {}}     # for score()
     form, n_evaluated = ".3f", 64       # of a score: how it is written, and of how many windows of text
 
     def __init__(self, args):
@@ -194,20 +174,19 @@ class Text:
         start = torch.randint(len(text) - T, (self.args.batch_size, 1), generator=generator)
         return text[start + torch.arange(T + 1)]
 
-    def signals(self, model, windows):
-        """What the encoding says of shifted windows, and what their keys count for."""
+    def signals(self, model, windows, which):
+        """What the encoding tells each layer: sequence b has the positions of windows[which[b]]."""
         if windows is None:
-            return None
-        which = torch.arange(self.args.batch_size) % len(windows)
-        signals = model.pe(windows[which])
+            return None             # those of the model's own window
+        signals = model.pe(windows, which)
         if self.args.pieces > 1:
             bias = count_bias(windows)[which].to(self.args.device)                          # (B, 1, T, T)
             signals = [signal._replace(bias=bias) for signal in signals]
         return signals
 
-    def loss(self, model, batch, windows):
+    def loss(self, model, batch, windows, which):
         batch = batch.to(self.args.device)
-        return model(batch[:, :-1], batch[:, 1:], self.signals(model, windows))[1]
+        return model(batch[:, :-1], batch[:, 1:], self.signals(model, windows, which))[1]
 
     def windows(self, split, T):
         """(n_evaluated, T + 1) characters of a split, which end at the same places for every T."""
@@ -231,13 +210,17 @@ class Text:
         logits = self.predict(model, text)
         return F.cross_entropy(logits.flatten(0, 1), text[:, -self.args.block_size:].flatten()).item()
 
-    def show(self, model, seed):
+    @torch.no_grad()
+    def show(self, model, seed, n_likeliest=20, temperature=0.8):
         """A sample longer than the training context, where the encoding can."""
         longest = min(2 * self.args.block_size, model.pe.max_position or math.inf)
-        prompt = self.prompt[-max(1, longest // 2):].unsqueeze(0).to(self.args.device)
+        idx = self.prompt[-max(1, longest // 2):].unsqueeze(0).to(self.args.device)
         generator = torch.Generator(self.args.device).manual_seed(seed)
-        sample = model.generate(prompt, longest - prompt.size(1), 0.8, top_k=20, generator=generator)
-        print("\n" + "".join(self.characters[i] for i in sample[0]))
+        while idx.size(1) < longest:        # each token costs a pass over all of the text
+            logits, tokens = model(idx)[0][:, -1].float().topk(min(n_likeliest, len(self.characters)))
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            idx = torch.cat([idx, tokens.gather(-1, chosen)], dim=1)
+        print("\n" + "".join(self.characters[i] for i in idx[0]))
 
 
 class Recall(Text):
@@ -278,10 +261,10 @@ class Recall(Text):
         n_different = torch.randint(1, self.n_records + 1, (self.args.batch_size, 1), generator=generator)
         return self.ask(super().batch(generator), generator, n_different)
 
-    def loss(self, model, batch, windows):
+    def loss(self, model, batch, windows, which):
         """That of the answers and the language model's: an answer's character counts 15 times any other's."""
         batch = batch.to(self.args.device)
-        logits, loss = model(batch[:, :-1], batch[:, 1:], self.signals(model, windows))
+        logits, loss = model(batch[:, :-1], batch[:, 1:], self.signals(model, windows, which))
         return loss + F.cross_entropy(logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten())
 
     def score(self, model, split, T):
@@ -295,13 +278,11 @@ class Recall(Text):
         return right.float().mean().item() * 100
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ------------------------------------------------------------------------------------------------
 
-
-def path_of(args, names, end):
-    """Where the file of a run lies. A long name is cut, and a checksum keeps it apart from others."""
-    name = f"{Path(args.data).name}-{names}"
+def path_of(args, names, seeds, end):
+    """Where a file of this command lies. A long name is cut; a checksum of it keeps commands apart."""
+    name = f"{Path(args.data).name}-{names}{args.name}-seed{','.join(map(str, seeds))}"
     if len(name.encode()) > 150:
         name = name.encode()[:140].decode(errors="ignore") + f"-{zlib.crc32(name.encode()):08x}"
     return args.out / (name + end)
@@ -348,23 +329,24 @@ def read_checkpoint(path, settings, restore=lambda checkpoint: None):
     return step
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-
+# ---- Training ---------------------------------------------------------------------------------------------
 
 def training_loss(task, model, batch, args):
-    """The model's loss, and SeqPE's regularisers, on a step that may be shifted."""
-    encoder, windows = model.encoder, None
-    if encoder is not None and torch.rand(()).item() < args.shift_prob:
-        # Eight windows for the sequences to share, as each costs the encoder a reading of T positions.
-        windows = place_windows(model.shape, 8, encoder.max_position, args.pieces)      # (8, T, n_dim)
+    """The model's loss, and SeqPE's two: the eight windows of positions of a step may be at random places."""
+    encoder, windows, which, n_shifted = model.pe.encoder, None, None, round(8 * args.shift_prob)
+    if args.shift_whole:
+        n_shifted = 8 * (torch.rand(()).item() < args.shift_prob)
+    if encoder and n_shifted:
+        windows = place_windows(model.shape, 8, encoder.max_position, args.pieces)          # (8, T, n_dim)
+        windows[n_shifted:] = window(model.shape)
+        which = torch.arange(args.batch_size) * 8 // args.batch_size        # sequences share them, evenly
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-        loss = task.loss(model, batch, windows)
-    if encoder is None:
+        loss = task.loss(model, batch, windows, which)
+    if not encoder:
         return loss, 0.0
-    distill_weight = args.distill_weight if args.shifted_ood or windows is None else 0.0
+    distill_weight = args.distill_weight if args.shifted_ood or not n_shifted else 0.0
     return loss, position_regularizers(encoder, model.shape, args.contrastive_weight, distill_weight,
-                                       n_groups=16 if args.paper_groups else 4, paper=args.paper_groups)
+                                       paper=args.paper_groups)
 
 
 def train(task, pe, seed, path):
@@ -399,8 +381,9 @@ def train(task, pe, seed, path):
     if path.exists():
         first = read_checkpoint(path, settings, restore)
         print(f"{path}: {'finished' if first == args.steps else f'going on from step {first}'}")
-    elif model.encoder and args.pretrain_steps:
-        pretrain_encoder(model.encoder, model.shape, args.pretrain_steps, progress=partial(tqdm, desc="encoder"))
+    elif model.pe.encoder and args.pretrain_steps:
+        bar = partial(tqdm, desc="encoder", mininterval=1)
+        pretrain_encoder(model.pe.encoder, model.shape, args.pretrain_steps, progress=bar)
 
     shown, bar = {}, tqdm(range(first, args.steps), pe, args.steps, initial=first, mininterval=1)
     for step in bar:
@@ -425,9 +408,7 @@ def train(task, pe, seed, path):
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is shown at the end
-
+# ---- What is shown at the end -----------------------------------------------------------------------------
 
 def over_seeds(rows):
     """{encoding: [scores of each seed]} -> {encoding: [(mean, standard deviation) of each score]}"""
@@ -492,9 +473,7 @@ def heat_map(encoder, size=32):
     return "\n".join(map("  ".join, zip(*pictures)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# All of it
-
+# ---- All of it --------------------------------------------------------------------------------------------
 
 def run_all(Task, args):
     """Train each encoding with each seed -> {title of a table: {encoding: [scores of each seed]}}"""
@@ -503,7 +482,7 @@ def run_all(Task, args):
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()    # a folder that cannot be written to is found out now
     task, results = Task(args), {}
-    runs = [(pe, seed, path_of(args, f"{pe}-seed{seed}", ".pt")) for seed in args.seed for pe in args.pe]
+    runs = [(pe, seed, path_of(args, pe, [seed], ".pt")) for seed in args.seed for pe in args.pe]
     for pe, seed, path in runs:         # what is wrong with any is said before the first is trained
         with torch.device("meta"):      # no memory is needed yet
             task.model(pe)
@@ -518,18 +497,18 @@ def run_all(Task, args):
                 scores = [task.score(model, args.split, size, **how) for size in task.sizes]
                 results.setdefault(title, {}).setdefault(pe, []).append(scores)
             task.show(model, seed)
-            if model.encoder:
-                print(heat_map(model.encoder))
+            if model.pe.encoder:
+                print(heat_map(model.pe.encoder))
     finally:        # when stopped, too: what is finished
         for title, rows in results.items():
             print("\n" + table(title, task.form, task.sizes, rows))
-        names = f"{','.join(args.pe)}-seed{','.join(map(str, args.seed))}{'-val' * (args.split == 'val')}"
+        names, end = ",".join(args.pe), "-val" * (args.split == "val")
         for i, (title, rows) in enumerate(results.items()):
             svg = chart(title, task.sizes, rows)
-            write_file(path_of(args, names, f"{f'-{i}' if i else ''}.svg"), svg.encode())
+            write_file(path_of(args, names, args.seed, end + f"-{i}" * (i > 0) + ".svg"), svg.encode())
         if results:
             record = {"arguments": vars(args), "columns": task.sizes, "results": results}
-            write_file(path_of(args, names, ".json"), json.dumps(record, indent=1, default=str).encode())
+            write_file(path_of(args, names, args.seed, end + ".json"), json.dumps(record, default=str).encode())
     return results
 
 
@@ -538,15 +517,14 @@ def bench(task, args, n_rounds=5):
     data = torch.Generator().manual_seed(0)
     models = {pe: task.model(pe).to(args.device) for pe in args.pe}
 
-    def step(model, shift_prob):
-        args.shift_prob = shift_prob
+    def step(model, _):
         sum(training_loss(task, model, task.batch(data), args)).backward()
         model.zero_grad()
 
     def read(model, T):
         task.predict(model, torch.zeros(1, T + 1, dtype=torch.long))
 
-    jobs = {"step": (step, 0), "shifted step": (step, 1), **{f"read {T}": (read, T) for T in task.sizes[::2]}}
+    jobs = {"step": (step, None), **{f"read {T}": (read, T) for T in task.sizes[::2]}}
     for name, (work, size) in jobs.items():
         times = {pe: [] for pe in models}
         for _ in range(n_rounds + 1):       # in turns: a drifting machine favours none; the first does not count
@@ -560,7 +538,11 @@ def bench(task, args, n_rounds=5):
 
 
 def main(argv=None):
-    args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall})
+    options = {"block_size": (128, 1, 65536, "training length, in characters"),
+               "reach": (16, 1, 1024, "how many times that length is read at the end")}
+    more = {"--sample": dict(metavar="PROMPT", help="what the sample at the end goes on from"),
+            "--bench": dict(action="store_true", help="measure speed instead")}
+    args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, more)
     if not args.bench:
         return run_all(Task, args)
     args.reach = 64

@@ -25,12 +25,10 @@ from train_lm import parse, run_all, run_script
 
 MAGNIFICATIONS = (1, 1.5, 2, 2.5, 3)
 
-# ------------------------------------------------------------------------------------------------------------
-# The model
-
+# ---- The model --------------------------------------------------------------------------------------------
 
 class RoPEMixed(RoPE):
-    """Heo et al. 2024: the angle of a pair hangs on both coordinates, at frequencies learned for each head."""
+    """Heo et al. 2024: the angle of a pair comes of both coordinates, at frequencies learned per head."""
 
     def __init__(self, config, shape, class_token=False):
         super().__init__(config, shape, class_token)
@@ -38,7 +36,8 @@ class RoPEMixed(RoPE):
         angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1)
         angle = angle + torch.tensor([0, math.pi / 2])
         axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)         # (n_layer, H, 2, 2, 1)
-        self.learned = nn.Parameter((axes * self.magnitude()).flatten(-2))          # (n_layer, H, 2, D/2)
+        of_one = super().frequency(None)[0, 0, 0, :self.head_dim // 4]
+        self.learned = nn.Parameter((axes * of_one).flatten(-2))                    # (n_layer, H, 2, D/2)
 
     def frequency(self, device):
         return self.learned.float()
@@ -72,8 +71,8 @@ class ViT(Transformer):
     def forward(self, images, targets=None, signals=None, kept=None):
         """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
 
-        kept: (n,) indices of the only patches to look at, of the T there are. signals: what the encoding tells
-        each layer of the patches looked at, if not that of their places in the grid.
+        kept: (n,) indices of the only patches to look at, of the T there are. signals: model.pe(positions) of
+        these patches, or other such; by default those of their places in the grid.
         """
         patch = self.config.patch_size
         if images.size(-2) % patch or images.size(-1) % patch:
@@ -87,9 +86,7 @@ class ViT(Transformer):
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
-
+# ---- Data -------------------------------------------------------------------------------------------------
 
 def read_images(data, size):
     """--data -> images (n, channels, height, width) as uint8, labels (n,)."""
@@ -143,21 +140,16 @@ def augment(images, size, generator):
     return images.clamp(0, 1) * 2 - 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The task; training and tables are train_lm.py's
-
+# ---- The task; training and tables are train_lm.py's ------------------------------------------------------
 
 class Images:
     """Classification, scored on the same images enlarged to more and more patches."""
     encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
-    options = {"image_size": (32, 1, 4096, "training size, in pixels"),
-               "patch_size": (4, 1, 4096, "size of a patch, in pixels"),
-               "keep": (0.25, 1e-6, 1, "least share of patches in a training step")}
     # For images ours is nearer to the paper's.
-    defaults = dict(n_embd=96, steps=4000, lr=1e-3, shift_prob=0.1, pieces=1, pe_embd=0)
-    paper, more = dict(fusion="mul"), {}
-    tables = {"Images recognised in %, the grid extended, by their size in pixels": dict(interpolate=False),
-              "Images recognised in %, the grid interpolated, by their size in pixels": dict(interpolate=True)}
+    defaults = dict(n_embd=96, steps=4000, lr=1e-3, shift_prob=0.1, shift_whole=1, pieces=1, pe_embd=0)
+    paper = dict(fusion="mul")
+    tables = {"Images recognised in %, the grid extended, by size in pixels": dict(interpolate=False),
+              "Images recognised in %, the grid interpolated, by size in pixels": dict(interpolate=True)}
     form = ".1f"
 
     def __init__(self, args):
@@ -190,10 +182,9 @@ class Images:
         n_kept = torch.randint(math.ceil(self.args.keep * n_patches), n_patches + 1, (), generator=generator)
         return images, labels[which], torch.randperm(n_patches, generator=generator)[:n_kept]
 
-    def loss(self, model, batch, windows):
+    def loss(self, model, batch, windows, which):
         images, labels, kept = batch
-        which = torch.arange(len(images)) % 8
-        signals = None if windows is None else model.pe(windows[which][:, kept])
+        signals = None if windows is None else model.pe(windows[:, kept], which)
         return model(images.to(self.args.device), labels.to(self.args.device), signals, kept)[1]
 
     @torch.no_grad()
@@ -213,7 +204,10 @@ class Images:
 
 
 def main(argv=None):
-    args, Task = parse(argv, __doc__, {"digits": Images})
+    options = {"image_size": (32, 1, 4096, "training size, in pixels"),
+               "patch_size": (4, 1, 4096, "size of a patch, in pixels"),
+               "keep": (0.25, 1e-6, 1, "least share of patches in a training step")}
+    args, Task = parse(argv, __doc__, {"digits": Images}, options)
     return run_all(Task, args)
 
 
