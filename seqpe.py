@@ -22,13 +22,11 @@ Shapes: B sequences of T positions, C the model's width, H heads of D = C / H ch
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 
 # ---- 1. Positions as digits -------------------------------------------------------------------------------
 
@@ -61,12 +59,12 @@ class Signal(NamedTuple):
 
     The 2 is (queries, keys), in rotate (cos, sin). B is left out if all positions are the same; H may be 1.
     """
-    input: Optional[Tensor] = None   # (B, T, C)          x_i + input_i
-    mul: Optional[Tensor] = None     # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
-    add: Optional[Tensor] = None     # (B, 2, H, T, D)    q_i + add_i, k_j + add_j
-    rotate: Optional[Tensor] = None  # (B, 2, H, T, D/2)  q_i and k_j turned by an angle
-    extend: Optional[Tensor] = None  # (B, 2, H, T, E/H)  q_i . k_j + extend_i . extend_j
-    bias: Optional[Tensor] = None    # (B, H, T, T)       logit_ij + bias_ij; a matrix: for short texts only
+    input: Optional[torch.Tensor] = None    # (B, T, C)          x_i + input_i
+    mul: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
+    add: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i + add_i, k_j + add_j
+    rotate: Optional[torch.Tensor] = None   # (B, 2, H, T, D/2)  q_i and k_j turned by an angle
+    extend: Optional[torch.Tensor] = None   # (B, 2, H, T, E/H)  q_i . k_j + extend_i . extend_j
+    bias: Optional[torch.Tensor] = None     # (B, H, T, T)       logit_ij + bias_ij; a matrix, for short texts
 
 
 def _rotate(x, cos_sin):
@@ -177,7 +175,7 @@ class SeqPE(nn.Module):
         if (min(n_embd, n_head, n_layer, n_dim, width, base - 1) < 1 or not 2 <= max_position <= 2 ** 30
                 or n_embd % n_head or width % n_head or head_norm and n_embd == n_head):
             raise ValueError(f"SeqPE: n_embd={n_embd} and width={width} must be multiples of n_head={n_head} "
-                             "(n_embd a larger one with head_norm), base 2 or more, max_position 2 to 2 ** 30")
+                             "(n_embd a larger one with head_norm), base 2 or more, max_position 2 to 2**30")
         n_digits = next(n for n in range(1, 31) if base ** n >= max_position)
         self.n_embd, self.n_head, self.n_dim, self.n_digits, self.base = n_embd, n_head, n_dim, n_digits, base
         self.max_position, self.head_norm = max_position, head_norm
@@ -234,8 +232,8 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         insert a digit, 9   2 3 9 4 5   the leading one drops out       swap with any other   1 3 2 4 5
         delete the digit    0 1 2 4 5   a zero moves in at the front    another digit, 9      1 2 9 4 5
 
-    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours: they are padded, so
-    that each result can be written, and an edit may have no effect; the paper's are not, and repeat it then.
+    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours: they are padded,
+    and an edit may have no effect; the paper's are not padded, and it repeats an edit until it has.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
@@ -276,21 +274,21 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
 
-    uniform = partial(torch.rand, dtype=torch.float32, device=device)
+    kwargs = dict(dtype=torch.float32, device=device)
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), device=device)
     plain = torch.randint(max_position, (n_groups, n_candidates, n_dim), device=device)
 
     if paper:
         size = min(round(256 ** (1 / n_dim)), max_position)
-        start = (uniform(n_groups, 1, n_dim) * (max_position - size + 1)).long()
+        start = (torch.rand(n_groups, 1, n_dim, **kwargs) * (max_position - size + 1)).long()
     else:       # 4 to all positions; the small sizes are the likeliest
         smallest = min(4, max_position)
-        size = (smallest * (max_position / smallest) ** uniform(n_groups, 1, 1).square()).long()
-        start = pivots - (uniform(n_groups, 1, n_dim) * size).long()
+        size = (smallest * (max_position / smallest) ** torch.rand(n_groups, 1, 1, **kwargs).square()).long()
+        start = pivots - (torch.rand(n_groups, 1, n_dim, **kwargs) * size).long()
         start = start.clamp(min=0).minimum(max_position - size)
-    close = (start + (uniform(*plain.shape) * size).long()).clamp(max=max_position - 1)
+    close = (start + (torch.rand(plain.shape, **kwargs) * size).long()).clamp(max=max_position - 1)
 
-    way = uniform(n_groups, 1, 1)
+    way = torch.rand(n_groups, 1, 1, **kwargs)
     if not paper:
         return torch.cat([pivots, torch.where(way < 0.2, plain, close)], dim=1)
     n_hard = n_candidates // 5
@@ -350,9 +348,8 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     of M = 32, and S = 16 students of m = 32 positions; for images 32 of 64, both. ours: 4 of 32, both. ours:
     students share their m indices and may lie over the teacher; the paper's start beyond it.
     """
-    n_candidates, n_students, m = 32, 4, 32
-    if paper:
-        n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if encoder.n_dim == 1 else (32, 64, 32, 64)
+    sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
+    n_groups, n_candidates, n_students, m = sizes
     device = encoder.cls.device
     loss = torch.zeros((), device=device)
     if contrastive_weight:
@@ -379,8 +376,7 @@ def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=it
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         loss = position_regularizers(encoder, shape, 1.0, n_groups=16)
         if not loss.isfinite():
-            raise ValueError(f"pretrain_encoder: the loss of step {step} is not finite; reset_parameters(), "
-                             "then train in float32 or with a smaller learning_rate")
+            raise ValueError(f"no finite loss in step {step}: reset_parameters(), float32 or a lower rate")
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
@@ -431,8 +427,8 @@ def count_bias(positions):
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
 #     which = torch.arange(B) * 8 // B                    # the window of each of B sequences
 #     e = encoder(windows)                                # section 5 makes eq and ek of it
-#     loss = model's loss with eq[which], ek[which] and count_bias(windows)[which] in every layer's attend()
-#     loss = loss + position_regularizers(encoder, (128,))
+#     loss = model's loss, with eq[which], ek[which], count_bias(windows)[which] in every layer's attend()
+#            + position_regularizers(encoder, (128,))
 
 
 # ---- 5. Position encodings: positions in, one Signal for each layer out -----------------------------------
@@ -498,8 +494,7 @@ class RoPE(PositionEncoding):
 
     def frequency(self, device):
         """In float32 whatever the model's type, as angles need it: (n_layer or 1, H or 1, n_dim, D/2)."""
-        n_pairs = self.head_dim // 2 // self.n_dim
-        theta = 10000.0 if self.n_dim == 1 else 100.0       # a grid has few rows, a text many characters
+        n_pairs, theta = self.head_dim // 2 // self.n_dim, 10000.0 if self.n_dim == 1 else 100.0
         of_one = theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
         return torch.block_diag(*[of_one[None]] * self.n_dim)[None, None]
 
@@ -523,8 +518,7 @@ class ALiBi(PositionEncoding):
     def signals(self, positions):
         head = torch.arange(1, self.config.n_head + 1, dtype=torch.float32, device=positions.device)
         slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5           # attention divides by it
-        low = positions.float() % 256
-        j = torch.cat([positions - low, low], dim=-1).unsqueeze(-3)                     # (..., 1, T, 2)
+        j = torch.cat([positions - positions % 256, positions % 256], dim=-1).float().unsqueeze(-3)
         extend = torch.stack(torch.broadcast_tensors(slope.view(-1, 1, 1), j), dim=-4)  # (..., 2, H, T, 2)
         return [Signal(extend=extend)] * self.config.n_layer
 
@@ -588,7 +582,7 @@ class EmbeddingPE(PositionEncoding):
         return self.fuse(self.embed(positions))
 
     def interpolate(self, shape):
-        grid = self.embed(window(self.shape)).T.unflatten(-1, self.shape).unsqueeze(0)      # (1, E, *self.shape)
+        grid = self.embed(window(self.shape)).T.unflatten(-1, self.shape).unsqueeze(0)  # (1, E, *self.shape)
         grid = F.interpolate(grid, size=tuple(shape), mode="linear" if self.n_dim == 1 else "bicubic")
         return self.fuse(grid.flatten(2)[0].T)
 

@@ -5,25 +5,22 @@
     python train_lm.py --recipe paper           SeqPE trained as in the paper
     python train_lm.py --data recall            records in that text, asked for again at its end
     python train_lm.py --data FILE              other text, in UTF-8
-    python train_lm.py --resume                 go on after Ctrl-C or a crash; of what is finished, show all again
-    python train_lm.py --resume --sample "def " the same, and the sample goes on from this
+    python train_lm.py --resume                 go on after Ctrl-C or a crash, or show what is finished
 """
 
 import argparse
-import contextlib
 import io
 import json
 import math
 import os
 import statistics
-import string
 import sys
 import sysconfig
 import tempfile
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,10 +41,8 @@ OPTIONS = {     # our default, the paper's where it is another, least, most, wha
     "n_head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
     "n_embd": (128, 1, 8192, "width of the model"),
     "shift_prob": (0.5, 0.1, 0, 1, "share of the eight windows of a step that are at random places"),
-    "shift_whole": (0, 1, 0, 1, "1: all eight windows of a step are, or none"),
+    "shift_whole": (0, 1, 0, 1, "1: all eight windows of a step are, or none; no L_OOD on those steps"),
     "pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
-    "shifted_ood": (1, 0, 0, 1, "1: L_OOD on those steps, too"),
-    "contrastive_weight": (0.1, 0, 1e3, "weight of L_delta"),
     "distill_weight": (0.1, 0.1 / 32, 0, 1e3, "weight of L_OOD; the paper's code averages over rows"),
     "paper_groups": (0, 1, 0, 1, "1: groups and students drawn, compared and as many as in the paper"),
     "pretrain_steps": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
@@ -55,64 +50,52 @@ OPTIONS = {     # our default, the paper's where it is another, least, most, wha
     "diagonal_maps": (1, 0, 0, 1, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
     "pe_embd": (64, 0, 0, 8192, "size of e_p and width of its encoder, for scalar; 0: the model's"),
     "pe_dropout": (0.0, 0.1, 0, 0.9, "dropout in SeqPE's encoder"),
-    "base": (10, 2, 4096, "base of the digits"),
-    "max_position": (2, 2, 2 ** 30, "positions that SeqPE holds; at least as many as are read"),
 }
 
 
-def comma_list(kind):
-    def parse(text):
-        return list(dict.fromkeys(map(kind, text.split(","))))
-    parse.__name__ = kind.__name__      # for argparse's own message: invalid int value
-    return parse
-
-
 def parse(argv, doc, tasks, options, more={}):
-    """The arguments of a script, and its task: one of tasks, {--data: class}; the first is that of files, too."""
-    first, cuda = next(iter(tasks.values())), torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
+    """The arguments of a script, and its task: of tasks, {--data: class}, the first is for files, too."""
+    first, cuda, options = next(iter(tasks.values())), torch.cuda.is_available(), options | OPTIONS
+    parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("every day").add_argument
-    add("--pe", type=comma_list(str), default=["seqpe"], help=f"a comma list of {', '.join(first.encodings)}; or all")
+    add = parser.add_argument
+    add("--pe", default="seqpe", help=f"a comma list of {', '.join(first.encodings)}; or all")
     add("--data", default=next(iter(tasks)), help=f"{', '.join(tasks)}, or a file")
     add("--recipe", choices=("ours", "paper"), default="ours", help="how SeqPE is trained")
-    add("--seed", type=comma_list(int), default=[0], help="of everything random, or a comma list of them")
+    add("--seed", default="0", help="of everything random, or a comma list of them")
     add("--resume", action="store_true", help="go on with what --out holds of this command, or show it again")
     add("--out", type=Path, default=Path("out"), help="folder of checkpoints and results (%(default)s)")
-    add("--split", choices=("test", "val"), default="test", help="what tables score; val is for choosing settings")
+    add("--split", choices=("test", "val"), default="test", help="what tables score; settings: on val")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     for flag, keywords in more.items():
         add(flag, **keywords)
-    add("-h", "--help", action="store_true")
-    options = options | OPTIONS
     for name, (*values, _, _, text) in options.items():
-        if name in ("steps", "shift_prob"):
-            group = "model and training" if name == "steps" else "SeqPE and its training"
-            add = parser.add_argument_group(group).add_argument
-        add("--" + name.replace("_", "-"), type=type(values[0]), default=values[0], help=f"{text} (%(default).4g)")
+        if title := {"steps": "model and training", "shift_prob": "SeqPE and its training"}.get(name):
+            add = parser.add_argument_group(title).add_argument
+        add("--" + name.replace("_", "-"), type=type(values[0]), help=f"{text} (%(default).4g)")
     add("--fusion", choices=FUSIONS, default="scalar", help="how SeqPE enters the model (%(default)s)")
-
-    args, _ = parser.parse_known_args(argv)         # a first look, as other defaults depend on it
-    Task, paper = tasks.get(args.data, first), args.recipe == "paper"
-    parser.set_defaults(**{name: row[paper and len(row) > 4] for name, row in options.items()})
-    parser.set_defaults(**Task.defaults | (Task.paper if paper else {}))
+    # Defaults depend on --data and --recipe, which are looked up first; -h would end that.
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    Task, paper = tasks.get(known.data, first), known.recipe == "paper"
+    defaults = {name: row[paper and len(row) > 4] for name, row in options.items()}
+    parser.set_defaults(**defaults | Task.defaults | (Task.paper if paper else {}))
     args = parser.parse_args(argv)
-    if args.help:
-        parser.exit(message=parser.format_help())
-    for name, (*_, least, most, _) in options.items():
-        if not least <= getattr(args, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}, not {getattr(args, name)}")
-    if not 0 <= min(args.seed) <= max(args.seed) <= 2 ** 32:
-        parser.error(f"--seed must be from 0 to 2 ** 32, not {args.seed}")
-    args.pe = first.encodings if args.pe == ["all"] else args.pe
+    args.pe = first.encodings if args.pe == "all" else list(dict.fromkeys(args.pe.split(",")))
     if unknown := set(args.pe) - set(first.encodings):
         parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(first.encodings)}, all")
+    if not all(seed.isdecimal() and int(seed) <= 2 ** 32 for seed in args.seed.split(",")):
+        parser.error(f"--seed must be integers from 0 to 2 ** 32, not {args.seed}")
+    args.seed = list(dict.fromkeys(map(int, args.seed.split(","))))
+    for name, (*_, least, most, _) in options.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
     if args.device == "cuda" and not cuda:
         parser.error("torch finds no cuda here; try --device cpu")
-    args.device = "cuda" if args.device != "cpu" and cuda else "cpu"
-    # Files are named after all that is not as it would be without being said.
-    args.name = "".join(f"-{name.replace('_', '-')}={value}" for name, value in vars(args).items()
-                        if name in [*options, "recipe", "fusion"] and value != parser.get_default(name))
+    args.device = "cuda" if cuda and args.device != "cpu" else "cpu"
+    args.options = {name: getattr(args, name) for name in ("recipe", *options, "fusion")}
+    args.name = "".join(f"-{name.replace('_', '-')}={value}" for name, value in args.options.items()
+                        if value != parser.get_default(name))       # as it would not be without being said
     return args, Task
 
 
@@ -125,15 +108,13 @@ def read_text(data):
         text = {"train": "", "val": "", "test": ""}
         for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
             split = {0: "val", 1: "test"}.get(zlib.crc32(file.name.encode()) % 10, "train")
-            with contextlib.suppress(OSError, UnicodeDecodeError):      # a link to nowhere, for one
+            with suppress(OSError, UnicodeDecodeError):         # a link to nowhere, for one
                 text[split] += file.read_text(encoding="utf-8")
         return text
     try:
         text = Path(data).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"--data {data}: not a UTF-8 text file") from None
-    except OSError as error:
-        raise ValueError(f"--data {data}: {error.strerror}; give python, recall or a text file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data {data}: not python, recall or a text file in UTF-8: {error}") from None
     cuts = len(text) * 8 // 10, len(text) * 9 // 10
     return {"train": text[:cuts[0]], "val": text[cuts[0]:cuts[1]], "test": text[cuts[1]:]}
 
@@ -150,9 +131,8 @@ class Text:
         self.args, self.characters = args, sorted(set().union(*text.values()))
         self.sizes = [args.block_size * 2 ** i for i in range(args.reach.bit_length())]     # 1x, 2x, 4x, ...
         if len(self.characters) < 2 or min(map(len, text.values())) <= self.sizes[-1]:
-            raise ValueError(f"--data {args.data}: {len(self.characters)} different characters in splits of "
-                             f"{[*map(len, text.values())]} are too few to read {self.sizes[-1]} at once; "
-                             "try a smaller --reach or --block-size")
+            raise ValueError(f"--data {args.data}: {[*map(len, text.values())]} characters are too few to "
+                             f"read {self.sizes[-1]} at once; try a smaller --reach or --block-size")
         self.splits = {name: self.encode(split) for name, split in text.items()}
         self.prompt = self.encode(args.sample or ("\n" if "\n" in self.characters else self.characters[0]))
         self.checksum = zlib.crc32("".join(text.values()).encode())
@@ -164,9 +144,8 @@ class Text:
         return torch.tensor([index[character] for character in text])
 
     def model(self, pe):
-        found = vars(self.args) | {"pe": pe, "vocab_size": len(self.characters)}
-        found["max_position"] = max(self.args.max_position, self.sizes[-1])
-        return GPT(GPTConfig(**{field.name: found[field.name] for field in fields(GPTConfig)}))
+        found = vars(self.args) | dict(pe=pe, vocab_size=len(self.characters), max_position=self.sizes[-1])
+        return GPT(GPTConfig(**{f.name: found[f.name] for f in fields(GPTConfig) if f.name in found}))
 
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
@@ -176,10 +155,8 @@ class Text:
 
     def signals(self, model, windows, which):
         """What the encoding tells each layer: sequence b has the positions of windows[which[b]]."""
-        if windows is None:
-            return None             # those of the model's own window
-        signals = model.pe(windows, which)
-        if self.args.pieces > 1:
+        signals = None if windows is None else model.pe(windows, which)
+        if signals and self.args.pieces > 1:
             bias = count_bias(windows)[which].to(self.args.device)                          # (B, 1, T, T)
             signals = [signal._replace(bias=bias) for signal in signals]
         return signals
@@ -197,11 +174,11 @@ class Text:
     @torch.no_grad()
     def predict(self, model, text):
         """The logits (n, L, vocab_size) of the last L = block_size characters of text (n, T + 1)."""
-        T = text.size(1) - 1
+        T, L, signals = text.size(1) - 1, self.args.block_size, None
+        if model.config.pe == "learned" and T > L:      # the table has nothing to say beyond: it is stretched
+            signals = model.pe.interpolate((T,))
         batches = text[:, :-1].to(self.args.device).split(max(1, 16384 // (T + 1)))
-        # The table has nothing to say beyond its last position: it is stretched.
-        signals = model.pe.interpolate((T,)) if model.config.pe == "learned" and T > self.args.block_size else None
-        return torch.cat([model(batch, signals=signals)[0][:, -self.args.block_size:].cpu()
+        return torch.cat([model(batch, signals=signals)[0][:, -L:].cpu()
                           for batch in tqdm(batches, f"reading {T}", leave=False, delay=5)])
 
     def score(self, model, split, T):
@@ -238,17 +215,14 @@ class Recall(Text):
         super().__init__(args)
 
     def ask(self, text, generator, n_different=n_records):
-        """Write records over text (B, T + 1) at random places, and the same in another order over its end.
-
-        n_different, an integer or (B, 1): how many of the records are, the others repeat them.
-        """
-        B, n, size, abc = len(text), self.n_records, self.size, string.ascii_lowercase
+        """Write n_different records over text (B, T + 1), and the same in another order over its end."""
+        B, n, size, abc = len(text), self.n_records, self.size, "abcdefghijklmnopqrstuvwxyz"
         keys = torch.rand(B, 26 * 26, generator=generator).topk(n).indices.flatten()    # distinct in a text
         values = torch.randint(1000, (B, n), generator=generator).flatten()
         records = self.encode("".join(f"@{abc[key // 26]}{abc[key % 26]}={value:03}"
                                       for key, value in zip(keys.tolist(), values.tolist())))
-        rows, records = torch.arange(B).unsqueeze(-1), records.view(B, n, size)
-        records = records[rows, torch.arange(n) % n_different]
+        rows = torch.arange(B).unsqueeze(-1)
+        records = records.view(B, n, size)[rows, torch.arange(n) % n_different]
         # Sorted places in a text without the records become places that do not overlap in one with them.
         place = torch.randint(text.size(1) - 2 * n * size + 1, (B, n), generator=generator).sort().values
         place = (place + size * torch.arange(n)).unsqueeze(-1) + torch.arange(size)         # (B, n, size)
@@ -268,10 +242,7 @@ class Recall(Text):
         return loss + F.cross_entropy(logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten())
 
     def score(self, model, split, T):
-        """The share of answers, in %, that greedy decoding gets right, all three digits.
-
-        All of the text is read at once: the likeliest digit after right ones is what decoding would write.
-        """
+        """The share of answers, in %, of which greedy decoding would write all three digits."""
         text = self.ask(self.windows(split, T), torch.Generator().manual_seed(T))
         logits = self.predict(model, text)
         right = (logits[:, self.answers].argmax(-1) == text[:, self.answers]).all(-1)       # (n, n_records)
@@ -290,7 +261,7 @@ def path_of(args, names, seeds, end):
 
 def write_file(path, data):
     """Write to a name of this process alone, then move into place: path is never half written."""
-    path = path.resolve()           # a symbolic link stays one
+    path = path.resolve()               # a symbolic link stays one
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -304,26 +275,22 @@ def write_file(path, data):
         temporary.unlink(missing_ok=True)
 
 
-def settings_of(task, pe, seed):
-    """What makes a run what it is; the rest is where it runs, and what is shown of it."""
-    rest = ("name", "data", "out", "resume", "sample", "split", "device", "bench")
-    found = {name: value for name, value in vars(task.args).items() if name not in rest}
-    return {**found, "pe": pe, "seed": seed, "checksum of the data": task.checksum}
-
-
-def read_checkpoint(path, settings, restore=lambda checkpoint: None):
-    """The step of the checkpoint at path, which has to be of a run with our settings, and is restored."""
+def read_checkpoint(path, settings, model=None, optimizer=None, data=None):
+    """The step of the checkpoint at path, of a run with our settings; with a model, it goes on from there."""
     try:
-        if zipfile.ZipFile(path).testzip():         # torch checks no checksums
+        if zipfile.ZipFile(path).testzip():         # torch does not look at the checksums
             raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, step = checkpoint["settings"], int(checkpoint["step"])
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, step, (cpu, batches, *cuda) = found["settings"], int(found["step"]), found["random"]
         different = [name for name in settings if theirs[name] != settings[name]]
-        if not different:
-            restore(checkpoint)
+        if model and not different:
+            model.load_state_dict(found["model"])
+            optimizer.load_state_dict(found["optimizer"])
+            torch.set_rng_state(cpu)
+            data.set_state(batches)
+            torch.cuda.set_rng_state_all(cuda)
     except Exception:       # whatever a damaged or foreign file makes zipfile and torch say
-        raise ValueError(f"{path}: not a checkpoint of this script, or a damaged one; "
-                         "remove it, or use another --out") from None
+        raise ValueError(f"{path}: not a checkpoint of this script, or a damaged one; remove it") from None
     for name in different:
         raise ValueError(f"{path}: {name} is {theirs[name]} there, {settings[name]} here; use another --out")
     return step
@@ -332,10 +299,10 @@ def read_checkpoint(path, settings, restore=lambda checkpoint: None):
 # ---- Training ---------------------------------------------------------------------------------------------
 
 def training_loss(task, model, batch, args):
-    """The model's loss, and SeqPE's two: the eight windows of positions of a step may be at random places."""
-    encoder, windows, which, n_shifted = model.pe.encoder, None, None, round(8 * args.shift_prob)
-    if args.shift_whole:
-        n_shifted = 8 * (torch.rand(()).item() < args.shift_prob)
+    """The model's loss, and SeqPE's two. A step has eight windows of positions; some are at random places."""
+    encoder, windows, which = model.pe.encoder, None, None
+    chance = torch.rand(()).item() < args.shift_prob if args.shift_whole else args.shift_prob
+    n_shifted = round(8 * chance)
     if encoder and n_shifted:
         windows = place_windows(model.shape, 8, encoder.max_position, args.pieces)          # (8, T, n_dim)
         windows[n_shifted:] = window(model.shape)
@@ -344,14 +311,13 @@ def training_loss(task, model, batch, args):
         loss = task.loss(model, batch, windows, which)
     if not encoder:
         return loss, 0.0
-    distill_weight = args.distill_weight if args.shifted_ood or not n_shifted else 0.0
-    return loss, position_regularizers(encoder, model.shape, args.contrastive_weight, distill_weight,
-                                       paper=args.paper_groups)
+    distill_weight = 0.0 if args.shift_whole and n_shifted else args.distill_weight
+    return loss, position_regularizers(encoder, model.shape, 0.1, distill_weight, paper=args.paper_groups)
 
 
-def train(task, pe, seed, path):
+def train(task, pe, seed, path, settings):
     """Train an encoding, or go on with it at path, where it is saved every 100 steps; returns the model."""
-    args, settings, first = task.args, settings_of(task, pe, seed), 0
+    args, first = task.args, 0
     torch.manual_seed(seed)
     data = torch.Generator().manual_seed(seed)          # the same batches for every encoding
     model = task.model(pe).to(args.device)
@@ -359,33 +325,15 @@ def train(task, pe, seed, path):
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     # An encoding's gradient is clipped apart from the model's, as either may be much the larger.
-    parts = [p for name, p in model.named_parameters() if not name.startswith("pe.")], [*model.pe.parameters()]
-
-    def restore(checkpoint):
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"][0])
-        data.set_state(checkpoint["random"][1])
-        if args.device == "cuda":
-            torch.cuda.set_rng_state_all(checkpoint["random"][2:])
-
-    def save(step):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"{pe} at step {step}: weights that are not finite; try a smaller --lr")
-        random = [torch.get_rng_state(), data.get_state()]
-        random += torch.cuda.get_rng_state_all() if args.device == "cuda" else []
-        torch.save(dict(settings=settings, step=step, model=model.state_dict(), random=random,
-                        optimizer=optimizer.state_dict()), buffer := io.BytesIO())
-        write_file(path, buffer.getbuffer())
-
+    of_pe, of_model = [*model.pe.parameters()], [p for n, p in model.named_parameters() if n[:3] != "pe."]
     if path.exists():
-        first = read_checkpoint(path, settings, restore)
+        first = read_checkpoint(path, settings, model, optimizer, data)
         print(f"{path}: {'finished' if first == args.steps else f'going on from step {first}'}")
     elif model.pe.encoder and args.pretrain_steps:
-        bar = partial(tqdm, desc="encoder", mininterval=1)
-        pretrain_encoder(model.pe.encoder, model.shape, args.pretrain_steps, progress=bar)
+        pretrain_encoder(model.pe.encoder, model.shape, args.pretrain_steps,
+                         progress=lambda steps: tqdm(steps, "encoder"))
 
-    shown, bar = {}, tqdm(range(first, args.steps), pe, args.steps, initial=first, mininterval=1)
+    bar = tqdm(range(first, args.steps), pe, args.steps, initial=first, mininterval=1)
     for step in bar:
         # Up in 5 % of the steps, then by a cosine to a tenth.
         done = step / args.steps
@@ -394,16 +342,19 @@ def train(task, pe, seed, path):
             group["lr"] = rate
         loss, regularizers = training_loss(task, model, task.batch(data), args)
         (loss + regularizers).backward()
-        for part in parts:
-            torch.nn.utils.clip_grad_norm_(part, 1.0)
+        torch.nn.utils.clip_grad_norm_(of_model, 1.0)
+        torch.nn.utils.clip_grad_norm_(of_pe, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 19:             # .item() waits for a GPU
-            bar.set_postfix(shown | {"loss": f"{loss.item():.3f}"})
         if step % 100 == 99 or step + 1 == args.steps:
-            save(step + 1)
-            how = next(iter(task.tables.values()))
-            shown["val"] = f"{task.score(model.eval(), 'val', task.sizes[0], **how):{task.form}}"
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise ValueError(f"{pe} at step {step + 1}: weights that are not finite; try a smaller --lr")
+            random = [torch.get_rng_state(), data.get_state(), *torch.cuda.get_rng_state_all()]
+            found = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), random=random)
+            torch.save(found | dict(settings=settings, step=step + 1), buffer := io.BytesIO())
+            write_file(path, buffer.getbuffer())
+            val = task.score(model.eval(), "val", task.sizes[0])
+            bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{val:{task.form}}")
             model.train()
     return model.eval()
 
@@ -428,10 +379,10 @@ def table(title, form, columns, rows):
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 250"><style>
 text { font: 12px sans-serif; fill: #59636e } polyline, path { fill: none; stroke: #818b98 }
-.tick { stroke: #d1d9e0 } .us polyline, .us path { stroke: #d1242f; stroke-width: 3 }
-.us text { fill: #d1242f; font-weight: bold }
-@media (prefers-color-scheme: dark) { text { fill: #9198a1 } .tick { stroke: #3d444d }
-.us polyline, .us path { stroke: #ff7b72 } .us text { fill: #ff7b72 } }</style>"""
+.us polyline, .us path { stroke: #d1242f; stroke-width: 3 } .us text { fill: #d1242f; font-weight: bold }
+.tick { stroke: #d1d9e0 } @media (prefers-color-scheme: dark) { text { fill: #9198a1 }
+.us polyline, .us path { stroke: #ff7b72 } .us text { fill: #ff7b72 } .tick { stroke: #3d444d } }</style>
+<path class="tick" d="M36,40H216M36,120H216M36,200H216"/>"""
 
 
 def chart(title, columns, rows):
@@ -439,27 +390,24 @@ def chart(title, columns, rows):
     found, (title, _, axis) = over_seeds(rows), title.partition(", by ")
     ends = [score for row in found.values() for mean, d in row for score in (mean - d, mean + d)]
     low, high = (0, 100) if "%" in title else (min(ends), max(ends))
-    scale, step = 160 / (high - low or 1), 180 / max(1, len(columns) - 1)
-    svg = [SVG, f'<text x="8" y="16">{title}</text><text x="126" y="244" text-anchor="middle">{axis}</text>']
-    for i, column in enumerate(columns):
-        svg.append(f'<text x="{36 + i * step}" y="222" text-anchor="middle">{column}</text>')
-    for y, tick in ((200, low), (120, (low + high) / 2), (40, high)):
-        svg.append(f'<text x="30" y="{y + 4}" text-anchor="end">{tick:.3g}</text>'
-                   f'<path class="tick" d="M36,{y}H216"/>')
-    name_at = math.inf
-    for n, (pe, row) in enumerate(sorted(found.items(), key=lambda item: item[1][-1])):     # from below
+    scale, step, name_at = 160 / (high - low or 1), 180 / max(1, len(columns) - 1), math.inf
+    texts = [("start", 8, 16, title), ("middle", 126, 244, axis)]
+    texts += [("middle", 36 + i * step, 222, column) for i, column in enumerate(columns)]
+    texts += [("end", 30, y + 4, f"{low + (200 - y) / scale:.3g}") for y in (40, 120, 200)]
+    svg = [SVG, *(f'<text text-anchor="{end}" x="{x}" y="{y}">{text}</text>' for end, x, y, text in texts)]
+    for n, (pe, row) in enumerate(sorted(found.items(), key=lambda each: each[1][-1])):         # from below
         points = [(36 + i * step, 200 - scale * (mean - low), scale * d) for i, (mean, d) in enumerate(row)]
         name_at = min(points[-1][1] + 4, name_at - 13)                                      # names make way
         line = " ".join(f"{x:.0f},{y:.1f}" for x, y, _ in points)
         bars = "".join(f"M{x + 2 * n - 5:.0f},{y - d:.1f}V{y + d:.1f}" for x, y, d in points)   # side by side
-        svg.append(f'<g class="{"us" if pe == "seqpe" else "them"}"><polyline points="{line}"/><path d="{bars}"/>'
-                   f'<text x="224" y="{name_at:.1f}">{"none" if pe == "nope" else pe}</text></g>')
+        svg.append(f'<g class="{"us" * (pe == "seqpe")}"><polyline points="{line}"/><path d="{bars}"/>'
+                   f'<text x="222" y="{name_at:.1f}">{pe.replace("nope", "none")}</text></g>')
     return "\n".join([*svg, "</svg>", ""])
 
 
 @torch.no_grad()
 def heat_map(encoder, size=32):
-    """e_i . e_j as a picture, in the training window and across the longest carry of the digits."""
+    """e_i . e_j as pictures: in the training window, and across the longest carry of the digits."""
     size = min(size, encoder.max_position)
     carry = min(encoder.base ** (encoder.n_digits - 1) - size // 2, encoder.max_position - size)
     pictures = []
@@ -468,8 +416,8 @@ def heat_map(encoder, size=32):
         dots = e @ e.T
         grey = (dots - dots.min()) / (dots.max() - dots.min()).clamp(min=1e-9)
         shade = (2 * (grey[:-1:2] + grey[1::2])).round().int()      # a character is two rows high
-        title = f"e_i . e_j, {start} to {start + size - 1}"
-        pictures.append([title.ljust(size), *("".join(" ░▒▓█"[i] for i in row) for row in shade)])
+        title = f"e_i . e_j, {start} to {start + size - 1}".ljust(size)
+        pictures.append([title, *("".join(" ░▒▓█"[i] for i in row) for row in shade)])
     return "\n".join(map("  ".join, zip(*pictures)))
 
 
@@ -482,17 +430,18 @@ def run_all(Task, args):
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()    # a folder that cannot be written to is found out now
     task, results = Task(args), {}
-    runs = [(pe, seed, path_of(args, pe, [seed], ".pt")) for seed in args.seed for pe in args.pe]
-    for pe, seed, path in runs:         # what is wrong with any is said before the first is trained
+    runs = [(pe, seed, path_of(args, pe, [seed], ".pt"), {**args.options, "pe": pe, "seed": seed,
+            "checksum of the data": task.checksum}) for seed in args.seed for pe in args.pe]
+    for pe, _, path, settings in runs:  # what is wrong with any is said before the first is trained
         with torch.device("meta"):      # no memory is needed yet
             task.model(pe)
+        if path.exists() and not args.resume:
+            raise ValueError(f"{path} exists: --resume goes on or shows it again, another --out starts anew")
         if path.exists():
-            read_checkpoint(path, settings_of(task, pe, seed))
-            if not args.resume:
-                raise ValueError(f"{path} exists: --resume goes on with it or shows it, another --out starts anew")
+            read_checkpoint(path, settings)
     try:
-        for pe, seed, path in runs:
-            model = train(task, pe, seed, path)
+        for pe, seed, path, settings in runs:
+            model = train(task, pe, seed, path, settings)
             for title, how in task.tables.items():
                 scores = [task.score(model, args.split, size, **how) for size in task.sizes]
                 results.setdefault(title, {}).setdefault(pe, []).append(scores)
@@ -504,37 +453,32 @@ def run_all(Task, args):
             print("\n" + table(title, task.form, task.sizes, rows))
         names, end = ",".join(args.pe), "-val" * (args.split == "val")
         for i, (title, rows) in enumerate(results.items()):
-            svg = chart(title, task.sizes, rows)
-            write_file(path_of(args, names, args.seed, end + f"-{i}" * (i > 0) + ".svg"), svg.encode())
-        if results:
-            record = {"arguments": vars(args), "columns": task.sizes, "results": results}
-            write_file(path_of(args, names, args.seed, end + ".json"), json.dumps(record, default=str).encode())
+            svg, record = chart(title, task.sizes, rows), {"columns": task.sizes, title: rows, **vars(args)}
+            path = path_of(args, names, args.seed, end + f"-{i}" * (i > 0) + ".svg")
+            write_file(path, svg.encode())
+            write_file(path.with_suffix(".json"), json.dumps(record, default=str).encode())
     return results
 
 
-def bench(task, args, n_rounds=5):
+def bench(args, n_rounds=5):
     """Median milliseconds of a training step and of reading, and as multiples of the last encoding's."""
-    data = torch.Generator().manual_seed(0)
+    args.reach = 64
+    task, data = Text(args), torch.Generator().manual_seed(0)
     models = {pe: task.model(pe).to(args.device) for pe in args.pe}
-
-    def step(model, _):
-        sum(training_loss(task, model, task.batch(data), args)).backward()
-        model.zero_grad()
-
-    def read(model, T):
-        task.predict(model, torch.zeros(1, T + 1, dtype=torch.long))
-
-    jobs = {"step": (step, None), **{f"read {T}": (read, T) for T in task.sizes[::2]}}
-    for name, (work, size) in jobs.items():
+    for T in (0, *task.sizes[::2]):         # a step of training, then reading T characters
         times = {pe: [] for pe in models}
-        for _ in range(n_rounds + 1):       # in turns: a drifting machine favours none; the first does not count
+        for _ in range(n_rounds + 1):       # in turns: a drifting machine favours none; the first warms up
             for pe, model in models.items():
                 began = timer()
-                work(model, size)
+                if T:
+                    task.predict(model, torch.zeros(1, T + 1, dtype=torch.long))
+                else:
+                    sum(training_loss(task, model, task.batch(data), args)).backward()
+                    model.zero_grad()
                 times[pe].append(1000 * (timer() - began))
         median = {pe: statistics.median(each[1:]) for pe, each in times.items()}
-        print(f"{name:<12}" + "".join(f"{pe:>12} {t:9.1f} ms ({t / median[args.pe[-1]]:.2f}x)"
-                                      for pe, t in median.items()))
+        print(f"{f'read {T}' if T else 'step':<12}" + "".join(
+            f"{pe:>12} {t:9.1f} ms ({t / median[args.pe[-1]]:.2f}x)" for pe, t in median.items()))
 
 
 def main(argv=None):
@@ -543,10 +487,7 @@ def main(argv=None):
     more = {"--sample": dict(metavar="PROMPT", help="what the sample at the end goes on from"),
             "--bench": dict(action="store_true", help="measure speed instead")}
     args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, more)
-    if not args.bench:
-        return run_all(Task, args)
-    args.reach = 64
-    bench(Text(args), args)
+    return bench(args) if args.bench else run_all(Task, args)
 
 
 def run_script(main):
@@ -557,11 +498,11 @@ def run_script(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        hint = "" if isinstance(error, (ValueError, OSError)) else "out of memory, try smaller sizes: "
-        print(f"{Path(sys.argv[0]).name}: {hint}{str(error).partition(chr(10))[0]}", file=sys.stderr)
+        said = str(error).partition("\n")[0] or "out of memory: try smaller sizes"
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: --resume goes on from the last 100 steps that were saved", file=sys.stderr)
+        print("\nstopped: --resume goes on from the last of every 100 steps", file=sys.stderr)
         sys.exit(130)
 
 

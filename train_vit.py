@@ -165,9 +165,9 @@ class Images:
         self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.contiguous().numpy()))
 
     def model(self, pe):
-        found = vars(self.args) | {"pe": pe} | self.about
-        found["max_position"] = max(self.args.max_position, self.sizes[-1] // self.args.patch_size)
-        return ViT(ViTConfig(**{field.name: found[field.name] for field in fields(ViTConfig)}))
+        longest = self.sizes[-1] // self.args.patch_size
+        found = vars(self.args) | self.about | dict(pe=pe, max_position=longest)
+        return ViT(ViTConfig(**{f.name: found[f.name] for f in fields(ViTConfig) if f.name in found}))
 
     def batch(self, generator):
         """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
@@ -188,7 +188,7 @@ class Images:
         return model(images.to(self.args.device), labels.to(self.args.device), signals, kept)[1]
 
     @torch.no_grad()
-    def score(self, model, split, size, interpolate):
+    def score(self, model, split, size, interpolate=False):
         """The share of images, in %, that are recognised. The learned table can only be interpolated."""
         right, (images, labels) = 0, self.splits[split]
         grid, signals = (size // self.args.patch_size,) * 2, None
