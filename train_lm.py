@@ -132,7 +132,7 @@ class Text:
         self.sizes = [args.block_size * 2 ** i for i in range(args.reach.bit_length())]     # 1x, 2x, 4x, ...
         if len(self.characters) < 2 or min(map(len, text.values())) <= self.sizes[-1]:
             raise ValueError(f"--data {args.data}: {[*map(len, text.values())]} characters of "
-                             f"{len(self.characters)} kinds: too few to read {self.sizes[-1]}; try a smaller --reach")
+                             f"{len(self.characters)} kinds are too few to read {self.sizes[-1]} at once")
         self.splits = {name: self.encode(split) for name, split in text.items()}
         self.prompt = self.encode(args.sample or ("\n" if "\n" in self.characters else self.characters[0]))
         self.checksum = zlib.crc32("".join(text.values()).encode())
