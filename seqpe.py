@@ -14,7 +14,7 @@ that the model never met in training, and two extra losses keep those in order. 
     6. The model                GPT, in the manner of nanoGPT
 
 What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, but for its dropout of 0.1 in
-training. The functions of section 4 do ours by default, and the paper's with paper=True.
+training. The functions of section 4 do ours by default, with paper=True the paper's but for "ours, always:".
 
 Sections 1 to 4 can be copied alone and need only torch; the README shows how to use them in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: of GELU. The encoder has GPT-2's "tanh". ours: the model has the exact one, faster on a CPU.
+    approximate: of GELU. The encoder has GPT-2's "tanh". ours: GPT has the exact one, faster on a CPU.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -232,8 +232,8 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         insert a digit, 9   2 3 9 4 5   the leading one drops out       swap with any other   1 3 2 4 5
         delete the digit    0 1 2 4 5   a zero moves in at the front    another digit, 9      1 2 9 4 5
 
-    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours: they are padded,
-    and an edit may have no effect; the paper's are not padded, and it repeats an edit until it has.
+    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: they are
+    padded, and an edit may do nothing or pass the limit; the paper pads none, and draws such an edit again.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
@@ -267,10 +267,10 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
                  plain candidate: else they might be the answer
         window   from a short window, as close numbers must be told apart
 
-    The paper: in 0.5, 0.3 and 0.2 of the groups; its window is a box of about 256 positions, 256 or 16 x 16,
-    anywhere. (Its text code: 0, 0.4 and 0.6, and a quarter.) ours: 0.2, 0 and 0.8; a position may be drawn
-    twice; the window surrounds the pivot and is mostly small. Copying the character before takes a distance
-    of 1, and the nearest of 32 candidates out of 2,048 is 32 away.
+    The paper: in 0.5, 0.3 and 0.2 of the groups; its window is a box of 256 or 16 x 16 positions (in its code
+    17 x 17), anywhere. (Its text code: 0, 0.4 and 0.6, and a quarter.) ours: 0.2, 0 and 0.8; the window
+    surrounds the pivot and is mostly small: copying the character before takes a distance of 1, and the
+    nearest of 32 candidates out of 2,048 is 32 away. ours, always: a position may be drawn twice.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
 
@@ -309,7 +309,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
     c is the position nearest to i in the group; j runs over all others but i. e: (P, N, E), the embeddings of
     P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a group is its pivot, and whole
     vectors are compared. ours: each position is the pivot once, and each head is compared by itself, as
-    attention will. Copies of i and of c do not count, nor (ours) do others exactly as near as c.
+    attention will. Copies of i and of c do not count, nor (ours, always:) do others exactly as near as c.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -330,7 +330,7 @@ def distillation_loss(e_teacher, e_students, n_head):
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. The authors' code takes the mean over j as well: its weight of 0.1 is 0.1 / m here.
+    heads, too. ours: a sum over j; the authors' code takes the mean, so its weight of 0.1 is 0.1 / m here.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -344,9 +344,9 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
                           paper=False):
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
-    shape: the training window, (T,) or (h, w). paper: groups as the paper has them, and as many: for text 16
-    of M = 32, and S = 16 students of m = 32 positions; for images 32 of 64, both. ours: 4 of 32, both. ours:
-    students share their m indices and may lie over the teacher; the paper's start beyond it.
+    shape: the training window, (T,) or (h, w). paper: groups as the paper: 16 of M = 32 for text, and S = 16
+    students of m = 32, for images 32 of 64; L_OOD a mean over j, too. ours: 4 of 32, both. ours, always:
+    students share their m indices and lie anywhere; the paper's start beyond the teacher (text: from T / 4).
     """
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     n_groups, n_candidates, n_students, m = sizes
@@ -361,7 +361,7 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
         students = place_windows(shape, n_students, encoder.max_position, 1, device)    # (S, T, n_dim)
         chosen = torch.randperm(teacher.size(1), device=device)[:m]
         e = encoder(torch.cat([teacher, students])[:, chosen], check=False)             # (1 + S, m, E)
-        loss = loss + distill_weight * distillation_loss(e[0], e[1:], encoder.n_head)
+        loss = loss + distill_weight / (m if paper else 1) * distillation_loss(e[0], e[1:], encoder.n_head)
     return loss
 
 
@@ -422,7 +422,7 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step. ours: half of eight windows are torn in each; the paper moves all, in a tenth of the steps.
+# A step. ours: half of eight windows torn; the paper: all of 16 moved in a tenth of the steps, without L_OOD.
 #     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
 #     which = torch.arange(B) * 8 // B                    # the window of each of B sequences
@@ -551,10 +551,10 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # ours: a class token has no place in the grid; its vector is learned, and starts as large as others.
+        # A class token has no place in the grid: its vector is learned. ours: it starts as large as others.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
-        # ours: tokens start at 0.02, and beside larger vectors they would stay unread.
+        # ours, always: tokens start at 0.02, and beside larger vectors they would stay unread.
         gained = self.fusion == "input" and config.pe != "learned"
         self.input_gain = nn.Parameter(torch.tensor(0.1)) if gained else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)

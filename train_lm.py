@@ -2,7 +2,7 @@
 
     python train_lm.py --pe seqpe               real text, Python's own standard library: no download
     python train_lm.py --pe all --seed 0,1,2    every encoding, three times each, in one table and one chart
-    python train_lm.py --recipe paper           SeqPE trained as in the paper
+    python train_lm.py --recipe paper           SeqPE as in the paper; optimiser and sizes stay ours
     python train_lm.py --data recall            records in that text, asked for again at its end
     python train_lm.py --data FILE              other text, in UTF-8
     python train_lm.py --resume                 go on after Ctrl-C or a crash, or show what is finished
@@ -33,7 +33,7 @@ from seqpe import (FUSIONS, GPT, GPTConfig, count_bias, place_windows, position_
 
 # ---- Arguments --------------------------------------------------------------------------------------------
 
-OPTIONS = {     # our default, the paper's where it is another, least, most, what it is
+OPTIONS = {     # our default, that of --recipe paper where it is another, least, most, what it is
     "steps": (800, 1, 10 ** 7, "training steps"),
     "batch_size": (32, 1, 65536, "sequences in a step"),
     "lr": (3e-3, 0, 10, "peak learning rate"),
@@ -41,10 +41,10 @@ OPTIONS = {     # our default, the paper's where it is another, least, most, wha
     "n_head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
     "n_embd": (128, 1, 8192, "width of the model"),
     "shift_prob": (0.5, 0.1, 0, 1, "share of the eight windows of a step that are at random places"),
-    "shift_whole": (0, 1, 0, 1, "1: all eight windows of a step are, or none; no L_OOD on those steps"),
+    "shift_whole": (0, 1, 0, 1, "1: all eight are (the paper: 16 of a pool), or none; then no L_OOD"),
     "pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
-    "distill_weight": (0.1, 0.1 / 32, 0, 1e3, "weight of L_OOD; the paper's code averages over rows"),
-    "paper_groups": (0, 1, 0, 1, "1: groups and students drawn, compared and as many as in the paper"),
+    "distill_weight": (0.1, 0, 1e3, "weight of L_OOD"),
+    "paper_groups": (0, 1, 0, 1, "1: groups and students as many, and compared, as in the paper"),
     "pretrain_steps": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
     "head_norm": (6.0, 0.0, 0, 1e3, "length of e_p in each head; 0: as it comes"),
     "diagonal_maps": (1, 0, 0, 1, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
@@ -324,7 +324,7 @@ def train(task, pe, seed, path, settings):
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    # An encoding's gradient is clipped apart from the model's, as either may be much the larger.
+    # ours: optimiser and rates. An encoding's gradient is clipped apart, as either may be much the larger.
     of_pe, of_model = [*model.pe.parameters()], [p for n, p in model.named_parameters() if n[:3] != "pe."]
     if path.exists():
         first = read_checkpoint(path, settings, model, optimizer, data)

@@ -2,11 +2,11 @@
 
     python train_vit.py --pe seqpe              handwritten digits, which lie in data/: no download
     python train_vit.py --pe all --seed 0,1,2   every encoding, three times each, in one table and one chart
-    python train_vit.py --recipe paper          SeqPE trained as in the paper
+    python train_vit.py --recipe paper          SeqPE as in the paper; optimiser and sizes stay ours
     python train_vit.py --data FILE.npz         other images: uint8 `images`, integer `labels`
     python train_vit.py --resume                go on after Ctrl-C or a crash; show what is finished again
 
-Against train_lm.py, a position has two coordinates in place of one. Nothing else about SeqPE is different.
+Against train_lm.py a position has two coordinates; what else differs for SeqPE is in Images.defaults.
 """
 
 import math
@@ -172,7 +172,7 @@ class Images:
     def batch(self, generator):
         """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
 
-        A random share of the patches is left out in each step (after PatchDropout, Liu et al. 2022).
+        ours: a random share of the patches is left out in each step (after PatchDropout, Liu et al. 2022).
         Attention that always meets the same number of them tends to fail among nine times as many.
         """
         images, labels = self.splits["train"]
