@@ -7,9 +7,10 @@ that the model never met in training, and two extra losses keep those in order. 
     1. Positions as digits      position_to_digits, digits_to_position, window
     2. The transformer block    Signal, attend, Attention, Block: the same for encoder, GPT and ViT
     3. The sequential encoder   SeqPE: digits -> e_p
-    4. The two extra losses     L_delta: sample_hard_negatives, sample_groups, contrastive_loss; L_OOD:
-                                distillation_loss; both: position_regularizers, pretrain_encoder;
-                                then start shifting: place_windows, count_bias
+    4. The two extra losses     L_delta (near is similar): contrastive_loss, sample_groups,
+                                sample_hard_negatives; L_OOD (far is as near): distillation_loss; both:
+                                position_regularizers, pretrain_encoder; then start shifting (some windows
+                                are far): place_windows, count_bias
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. The model                GPT, in the manner of nanoGPT
 
@@ -36,7 +37,7 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)
-    # The leading digit keeps what is past the limit: no table has a row for it, so it is an error there.
+    # The leading digit keeps what is past the limit: SeqPE has no row for it, and says IndexError.
     digits[..., 1:] %= base
     return digits.flatten(-2)
 
@@ -57,7 +58,7 @@ def window(shape):
 class Signal(NamedTuple):
     """What a position encoding tells one layer. The fields are applied in this order; None does nothing.
 
-    The 2 is (queries, keys), in rotate (cos, sin). B is left out if all positions are the same; H may be 1.
+    The 2 is (queries, keys), in rotate (cos, sin). B is left out where sequences share positions; H may be 1.
     """
     input: Optional[torch.Tensor] = None    # (B, T, C)          x_i + input_i
     mul: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
@@ -76,9 +77,9 @@ def _rotate(x, cos_sin):
 def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     """F.scaled_dot_product_attention with positions: the logits are (q_i . k_j + eq_i . ek_j) / sqrt(D).
 
-    q: (B, H, T, D), eq: (..., H, T, E/H); k, v, ek: the same of S keys, or with fewer heads -> (B, H, T, D).
-    The queries are those of the last T keys, as with a KV cache; causal: none sees a later key. mask:
-    (..., T, S), numbers to add to the logits, or booleans, True where the key is seen.
+    q: (B, H, T, D), eq: (..., H, T, E/H). k, v, ek: the same, with S for T and perhaps fewer heads. mask:
+    (..., T, S), numbers to add to the logits, or booleans, True where a key is seen. causal: the queries are
+    those of the last T keys, as with a KV cache, and none sees a later key. Returns (B, H, T, D).
     """
     D, T, S = q.size(-1), q.size(-2), k.size(-2)
     if eq is not None:
@@ -128,7 +129,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: of GELU. The encoder has GPT-2's "tanh". ours: GPT has the exact one, faster on a CPU.
+    approximate: form of GELU. The encoder has GPT-2's "tanh". ours: GPT has the exact one, faster on a CPU.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -162,10 +163,10 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
-    n_head: of the encoder, and (ours: the same) of the attention that e_p is for. n_dim: coordinates of a
-    position, each from 0 to below max_position, in as many digits as that takes in `base`. Say little more
-    than you will ever read, as all have to be kept in order; the paper's 20,000 is for text. width: of the
-    encoder, if not n_embd; 64 to 96 is plenty. head_norm: the length of e_p in each head, if it has one.
+    n_head: of the encoder; ours: the attention that e_p is made for has as many. n_dim: coordinates of a
+    position, each from 0 to below max_position, in as many digits as that takes in `base`. max_position: the
+    paper's is for text; choose little more than the longest input, as all below has to be ordered. width: of
+    the encoder, n_embd by default; 64 to 96 is plenty. head_norm: the length of e_p in a head, if not free.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
@@ -181,7 +182,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_dim * n_digits, width)                      # at which of the K places
-        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None      # of which coordinate
+        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # of which coordinate, again
         self.cls = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, n_head, True, dropout, "tanh") for _ in range(n_layer))
         self.ln = nn.LayerNorm(width)
@@ -224,53 +225,40 @@ class SeqPE(nn.Module):
 
 # ---- 4. The two extra losses, and start shifting ----------------------------------------------------------
 
-def sample_hard_negatives(encoder, pivots, n_negatives):
-    """Positions written much like a pivot: by 1 to 3 edits of its K digits.
+def contrastive_loss(e, positions, n_head, paper=False):
+    """L_delta: near positions get similar embeddings. Of a pivot's candidates the nearest has to be found:
 
-    There are four edits. At the third place of 1 2 3 4 5:
+        L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
 
-        insert a digit, 9   2 3 9 4 5   the leading one drops out       swap with any other   1 3 2 4 5
-        delete the digit    0 1 2 4 5   a zero moves in at the front    another digit, 9      1 2 9 4 5
-
-    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: they are
-    padded, and an edit may do nothing or pass the limit; the paper pads none, and draws such an edit again.
+    c is the position nearest to i in the group. j runs over the group, without i, copies of i and of c, and
+    (ours, always:) others exactly as near as c. e: (P, N, E), the embeddings of P groups of positions
+    (P, N, n_dim) -> scalar. In the paper the first of a group is its pivot, and whole vectors are compared.
+    ours: each position is the pivot once, and each head is compared by itself, as attention will.
     """
-    digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
-    K, base, device = digits.size(-1), encoder.base, pivots.device
-    here = torch.arange(1, K + 1, device=device)
-
-    def draw(high):
-        return torch.randint(high, (*digits.shape[:-1], 1), device=device)              # (P, n_negatives, 1)
-
-    n_edits = 1 + draw(3)
-    for i in range(3):
-        kind, at, other = draw(4), 1 + draw(K), 1 + draw(K)
-        different = (digits.gather(-1, at - 1) + 1 + draw(base - 1)) % base
-        # What an edit picks from: 0 is a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one.
-        symbols = F.pad(torch.cat([digits, draw(base), different], dim=-1), (1, 0))
-        picks = torch.stack([torch.where(here == at, K + 1, here + (here < at)),        # insert: 2 3 6 4 5
-                             here - (here <= at).long(),                                # delete: 0 1 2 4 5
-                             torch.where(here == at, other, torch.where(here == other, at, here)),
-                             torch.where(here == at, K + 2, here)])                     # another: 1 2 7 4 5
-        picks = picks.take_along_dim(kind.unsqueeze(0), dim=0).squeeze(0)               # (P, n_negatives, K)
-        digits = torch.where(i < n_edits, symbols.gather(-1, picks), digits)
-    return digits_to_position(digits, encoder.n_digits, base)
+    n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
+    pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
+    same = (pivots == others).all(-1)                                                   # (P, n_pivots, N)
+    distance = (pivots - others).pow(2).sum(-1).masked_fill(same, torch.iinfo(torch.int64).max)
+    least, nearest = distance.min(-1, keepdim=True)                                     # (P, n_pivots, 1)
+    ties = (distance == least).scatter(-1, nearest, False)
+    e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                                   # (P, H, N, E/H)
+    logits = e[:, :, :n_pivots] @ e.transpose(-2, -1)                                   # (P, H, n_pivots, N)
+    logits = logits.masked_fill((same | ties).unsqueeze(1), -math.inf)
+    return F.cross_entropy(logits.flatten(0, 2), nearest.transpose(1, 2).expand(-1, n_head, -1).flatten())
 
 
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
-    """Groups to compare, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
+    """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    By chance, the candidates of a group are drawn in one of three ways:
+    There are three ways to draw candidates; the shares are of groups      paper   its text code   ours
+        plain    from all positions                                        0.5     0               0.2
+        hard     so, but a fifth (its text code: a quarter) are written
+                 much like the pivot, if farther than the nearest plain    0.3     0.4             0
+        window   from a short window: close numbers must be told apart     0.2     0.6             0.8
 
-        plain    from all positions
-        hard     so, but a fifth are written much like the pivot, if they are farther from it than the nearest
-                 plain candidate: else they might be the answer
-        window   from a short window, as close numbers must be told apart
-
-    The paper: in 0.5, 0.3 and 0.2 of the groups; its window is a box of 256 or 16 x 16 positions (in its code
-    17 x 17), anywhere. (Its text code: 0, 0.4 and 0.6, and a quarter.) ours: 0.2, 0 and 0.8; the window
-    surrounds the pivot and is mostly small: copying the character before takes a distance of 1, and the
-    nearest of 32 candidates out of 2,048 is 32 away. ours, always: a position may be drawn twice.
+    The paper's window is a box of 256 or 16 x 16 positions (in its code 17 x 17), anywhere. ours: around the
+    pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of 2,048 the nearest is
+    32 away. ours, always: a position may be drawn twice.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
 
@@ -293,34 +281,45 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
         return torch.cat([pivots, torch.where(way < 0.2, plain, close)], dim=1)
     n_hard = n_candidates // 5
     hard, rest = sample_hard_negatives(encoder, pivots.squeeze(1), n_hard), plain[:, n_hard:]
-    distance, least = ((each - pivots).pow(2).sum(-1, keepdim=True) for each in (hard, rest))       # squared
-    least = least.masked_fill(least == 0, torch.iinfo(least.dtype).max).amin(1, keepdim=True)
-    stays = (distance > least) & (hard < max_position).all(-1, keepdim=True)            # (P, n_hard, 1)
+    of_hard, of_plain = ((each - pivots).pow(2).sum(-1, keepdim=True) for each in (hard, rest))
+    least = of_plain.masked_fill(of_plain == 0, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+    stays = (of_hard > least) & (hard < max_position).all(-1, keepdim=True)             # (P, n_hard, 1)
     hard = torch.cat([torch.where(stays, hard, plain[:, :n_hard]), rest], dim=1)
     candidates = torch.where(way < 0.5, plain, torch.where(way < 0.8, hard, close))
     return torch.cat([pivots, candidates], dim=1)
 
 
-def contrastive_loss(e, positions, n_head, paper=False):
-    """L_delta: near positions get similar embeddings. Of a pivot's candidates the nearest has to be found:
+def sample_hard_negatives(encoder, pivots, n_negatives):
+    """Positions written much like a pivot: by 1 to 3 edits of its K digits.
 
-        L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
+    There are four edits. At the third place of 1 2 3 4 5:
 
-    c is the position nearest to i in the group; j runs over all others but i. e: (P, N, E), the embeddings of
-    P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a group is its pivot, and whole
-    vectors are compared. ours: each position is the pivot once, and each head is compared by itself, as
-    attention will. Copies of i and of c do not count, nor (ours, always:) do others exactly as near as c.
+        insert a digit, 9   2 3 9 4 5   the leading one drops out       swap with any other   1 3 2 4 5
+        delete the digit    0 1 2 4 5   a zero moves in at the front    another digit, 9      1 2 9 4 5
+
+    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: they are
+    padded, and an edit may do nothing or pass the limit; the paper pads none, and draws such an edit again.
     """
-    n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
-    pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
-    same = (pivots == others).all(-1)                                                   # (P, n_pivots, N)
-    distance = (pivots - others).pow(2).sum(-1).masked_fill(same, torch.iinfo(torch.int64).max)
-    least, nearest = distance.min(-1, keepdim=True)                                     # (P, n_pivots, 1)
-    ties = (distance == least).scatter(-1, nearest, False)
-    e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                                   # (P, H, N, E/H)
-    logits = e[:, :, :n_pivots] @ e.transpose(-2, -1)                                   # (P, H, n_pivots, N)
-    logits = logits.masked_fill((same | ties).unsqueeze(1), -math.inf)
-    return F.cross_entropy(logits.flatten(0, 2), nearest.transpose(1, 2).expand(-1, n_head, -1).flatten())
+    digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
+    K, base, device = digits.size(-1), encoder.base, pivots.device
+    here = torch.arange(1, K + 1, device=device)
+
+    def draw(high):
+        return torch.randint(high, (*digits.shape[:-1], 1), device=device)              # (P, n_negatives, 1)
+
+    n_edits = 1 + draw(3)
+    for i in range(3):
+        kind, at, other = draw(4), 1 + draw(K), 1 + draw(K)
+        different = (digits.gather(-1, at - 1) + 1 + draw(base - 1)) % base
+        # To pick from: 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. At 3, with K = 5:
+        symbols = F.pad(torch.cat([digits, draw(base), different], dim=-1), (1, 0))
+        picks = torch.stack([torch.where(here == at, K + 1, here + (here < at)),        # insert: 2 3 6 4 5
+                             here - (here <= at).long(),                                # delete: 0 1 2 4 5
+                             torch.where(here == at, other, torch.where(here == other, at, here)),
+                             torch.where(here == at, K + 2, here)])                     # another: 1 2 7 4 5
+        picks = picks.take_along_dim(kind.unsqueeze(0), dim=0).squeeze(0)               # (P, n_negatives, K)
+        digits = torch.where(i < n_edits, symbols.gather(-1, picks), digits)
+    return digits_to_position(digits, encoder.n_digits, base)
 
 
 def distillation_loss(e_teacher, e_students, n_head):
@@ -330,7 +329,7 @@ def distillation_loss(e_teacher, e_students, n_head):
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. ours: a sum over j; the authors' code takes the mean, so its weight of 0.1 is 0.1 / m here.
+    heads, too. ours: this sum over j is m times the mean that the authors' code takes.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -345,8 +344,8 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     shape: the training window, (T,) or (h, w). paper: groups as the paper: 16 of M = 32 for text, and S = 16
-    students of m = 32, for images 32 of 64; L_OOD a mean over j, too. ours: 4 of 32, both. ours, always:
-    students share their m indices and lie anywhere; the paper's start beyond the teacher (text: from T / 4).
+    students of m = 32; for images 32 of 64, twice; L_OOD / m. ours: 4 of 32, twice. ours, always: students
+    have the same m indices and lie anywhere; the paper's start beyond the teacher (text: from T / 4 on).
     """
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     n_groups, n_candidates, n_students, m = sizes
@@ -358,7 +357,7 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
         loss = loss + contrastive_weight * contrastive_loss(e, groups, encoder.n_head, paper)
     if distill_weight:
         teacher = window(shape).to(device).unsqueeze(0)                                 # (1, T, n_dim)
-        students = place_windows(shape, n_students, encoder.max_position, 1, device)    # (S, T, n_dim)
+        students = place_windows(shape, n_students, encoder.max_position, max_pieces=1, device=device)
         chosen = torch.randperm(teacher.size(1), device=device)[:m]
         e = encoder(torch.cat([teacher, students])[:, chosen], check=False)             # (1 + S, m, E)
         loss = loss + distill_weight / (m if paper else 1) * distillation_loss(e[0], e[1:], encoder.n_head)
@@ -369,7 +368,7 @@ def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=it
     """ours: order all positions before the model's first step, as a short training has no time to.
 
     The two losses alone: L_delta at full weight, as there is nothing to disturb, of four times the groups.
-    Before DistributedDataParallel wraps the model, or replicas drift apart. progress: tqdm, for a bar.
+    Call it before DistributedDataParallel wraps the model, or replicas part. progress: tqdm, for a bar.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
     for step in progress(range(steps)):
@@ -384,10 +383,10 @@ def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=it
 
 
 def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
-    """Start shifting: the training window at random places -> positions (n_windows, T, n_dim).
+    """Start shifting: windows at random places, for training to meet far positions -> (n_windows, T, n_dim).
 
-    shape: the training window, (T,) or (h, w). The paper moves it as a whole (max_pieces=1), to places from a
-    list drawn once. ours: drawn each time; and each axis is torn at random into up to max_pieces pieces, for
+    shape: the training window, (T,) or (h, w). The paper moves it as a whole (max_pieces=1), to one of 320
+    places drawn once. ours: drawn each time; and each axis is torn at random into 1 to max_pieces pieces, for
     long distances in a short window (PoSE, Zhu et al. 2024): 0 1 2 3 4 may become 17 18 19 805 806.
     """
     places = window(shape).to(device)                                                   # (T, n_dim)
@@ -403,13 +402,13 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
 
 
 def count_bias(positions):
-    """ours: what the keys of a torn window count for: positions (B, T, 1) -> (B, 1, T, T), a mask for attend.
+    """ours: how much the keys of torn windows count: positions (B, T, 1) -> (B, 1, T, T), a mask for attend.
 
-    A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries of
-    later pieces each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits, as in sampled
-    softmax. Else heads that look far only ever meet T keys, and drown among more. But one key that is looked
-    for would be too loud: so a window's logarithms are multiplied by a random number from 0 to 1.
-    Where positions fall, a new text begins (packed documents); nothing is missing there.
+    A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries
+    behind the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
+    softmax). Otherwise heads that look far meet only T keys in training, and drown among thousands later. But
+    a key that is looked for would be louder than later: so a random part of it is added, 0 to 1 for each
+    window. Where positions fall, a new text begins (packed documents); nothing is missing there.
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
         raise ValueError(f"count_bias is for windows of text, (B, T, 1), not for {tuple(positions.shape)}")
@@ -422,7 +421,8 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A step. ours: half of eight windows torn; the paper: all of 16 moved in a tenth of the steps, without L_OOD.
+# A training step. ours: 4 of 8 windows are moved, most of them torn. The paper moves all of 16, in a tenth of
+# the steps, and leaves out L_OOD in these.
 #     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
 #     which = torch.arange(B) * 8 // B                    # the window of each of B sequences
@@ -551,7 +551,7 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token has no place in the grid: its vector is learned. ours: it starts as large as others.
+        # A class token has no place in the grid: its vector is learned. ours: about as large as others.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours, always: tokens start at 0.02, and beside larger vectors they would stay unread.
@@ -559,17 +559,17 @@ class EmbeddingPE(PositionEncoding):
         self.input_gain = nn.Parameter(torch.tensor(0.1)) if gained else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(n_maps))
-        gain = 2.0 ** (-8 * torch.arange(n_head) / n_head) * self.head_dim ** 0.5
-        gain = torch.ones(size) if self.fusion == "mul" else gain.repeat_interleave(size // n_head)
+        scale = 2.0 ** (-8 * torch.arange(n_head) / n_head) * self.head_dim ** 0.5      # gain * sqrt(D)
+        scale = torch.ones(size) if self.fusion == "mul" else scale.repeat_interleave(size // n_head)
         for W in self.maps:
             _init_weights(W)
             if config.diagonal_maps:
-                W.weight.data.copy_(gain.sqrt().diag().repeat(2, 1))
+                W.weight.data.copy_(scale.sqrt().diag().repeat(2, 1))
 
     def embed(self, positions):
         if self.config.pe == "seqpe":
             return self.input_gain * self.encoder(positions)
-        if self.config.pe == "learned":     # an IndexError beyond the window; what is negative is moved there
+        if self.config.pe == "learned":     # an IndexError beyond the window; so is a negative position
             index = zip(positions.unbind(-1), self.shape)
             return self.table[tuple(torch.where(each < 0, size, each) for each, size in index)]
         # Vaswani et al. 2017; with several dimensions each gets its share of the channels.
