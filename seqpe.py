@@ -94,7 +94,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
         mask, causal = future if mask is None else mask.to(q.device) + future, False
     # The scale stays that of the content: what is appended to q and k does not make its logits smaller.
     y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.type_as(q), is_causal=causal,
-                                       scale=D ** -0.5, enable_gqa=q.size(1) != k.size(1))
+                                       scale=D ** -0.5, enable_gqa=bool(q.size(1) != k.size(1)))
     return y[..., :D]
 
 
@@ -212,7 +212,7 @@ class SeqPE(nn.Module):
         if self.dimension is not None:
             x = x + self.dimension.weight.repeat_interleave(self.n_digits, dim=0)
         # Attention is causal, as in a language model: so [CLS] stands last, where it sees all digits.
-        x = torch.cat([x, self.cls.expand(len(x), 1, -1)], dim=1)                       # (n, K + 1, width)
+        x = torch.cat([x, self.cls.expand(x.size(0), 1, -1)], dim=1)                 # (n, K + 1, width)
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last_only=True)              # only [CLS] is read, so only [CLS] asks
@@ -416,7 +416,7 @@ def count_bias(positions):
     gap = F.pad((step - 1).clamp(min=0), (0, 1))                    # (B, T): positions left out behind each
     piece = F.pad(step != 1, (1, 0)).cumsum(-1)                     # (B, T): the number of its piece
     same = piece.unsqueeze(-1) == piece.unsqueeze(-2)                                   # (B, T, T)
-    count = 1 + (same * gap.unsqueeze(-2)).sum(-1) / same.sum(-1)                       # (B, T): 1000 / 32
+    count = 1 + (same * gap.unsqueeze(-2)).sum(-1).float() / same.sum(-1)               # (B, T): 1000 / 32
     share = torch.rand(len(gap), 1, dtype=torch.float32, device=gap.device)
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
@@ -625,7 +625,7 @@ class Transformer(nn.Module):
         for block, signal in zip(self.blocks, signals, strict=True):
             B, T, _ = x.shape
             x = block(x, signal)
-            if len(x) != B or any(t is not None and t.size(-2) != T for t in signal):
+            if x.size(0) != B or any(t is not None and t.size(-2) != T for t in signal):
                 raise ValueError(f"the signals are not of the positions of {B} sequences of {T} tokens")
         return self.ln(x)
 
