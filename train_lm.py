@@ -94,8 +94,8 @@ def parse(argv, doc, tasks, options, more={}):
         parser.error("torch finds no cuda here; try --device cpu")
     args.device = "cuda" if cuda and args.device != "cpu" else "cpu"
     args.options = {name: getattr(args, name) for name in ("recipe", *options, "fusion")}
-    args.name = "".join(f"-{name.replace('_', '-')}={value}" for name, value in args.options.items()
-                        if value != parser.get_default(name))       # as it would not be without being said
+    said = [(name, value) for name, value in args.options.items() if value != parser.get_default(name)]
+    args.name = "".join(f"-{name.replace('_', '-')}={value}".removesuffix(".0") for name, value in said)
     return args, Task
 
 
@@ -290,7 +290,7 @@ def read_checkpoint(path, settings, model=None, optimizer=None, data=None):
             data.set_state(batches)
             torch.cuda.set_rng_state_all(cuda)
     except Exception:       # whatever a damaged or foreign file makes zipfile and torch say
-        raise ValueError(f"{path}: not a checkpoint of this script, or a damaged one; remove it") from None
+        raise ValueError(f"{path}: no checkpoint of this script, or damaged; use another --out") from None
     for name in different:
         raise ValueError(f"{path}: {name} is {theirs[name]} there, {settings[name]} here; use another --out")
     return step
@@ -306,7 +306,7 @@ def training_loss(task, model, batch, args):
     if encoder and n_shifted:
         windows = place_windows(model.shape, 8, encoder.max_position, args.pieces)          # (8, T, n_dim)
         windows[n_shifted:] = window(model.shape)
-        which = torch.arange(args.batch_size) * 8 // args.batch_size        # sequences share them, evenly
+        which = (torch.arange(args.batch_size) * 8 + 7) // args.batch_size  # sequences share them, evenly
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         loss = task.loss(model, batch, windows, which)
     if not encoder:
