@@ -1466,7 +1466,7 @@ def test_the_commands_run_one_after_another_in_one_folder(tmp_path, monkeypatch)
     pieces = re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", README + RESULTS, re.S | re.M)
     commands = re.findall(r"python (train_\w+)\.py\b([^`\n;&]*)", "\n".join(map("".join, pieces)))
     for name, arguments in dict.fromkeys(commands):
-        if "FILE" in arguments or "--resume" in arguments:
+        if "FILE" in arguments:
             continue
         arguments = shlex.split(arguments.replace("0,1,2", "0"))
         small = {"--steps": "2", "--pretrain-steps": "2"}
@@ -1532,7 +1532,7 @@ def losses_of_a_host(model, text, steps, shifting, T=64):
     return losses
 
 
-@pytest.mark.parametrize("n_kv_head, alone, steps", [(4, 400, 200), (2, 800, 250)])
+@pytest.mark.parametrize("n_kv_head, alone, steps", [(4, 400, 200), (2, 800, 200)])
 def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypatch, n_kv_head, alone, steps):
     """Pasted into a GPT of two layers, trained for seconds; without start shifting it does not hold it."""
     monkeypatch.syspath_prepend(str(HERE))
@@ -1547,5 +1547,5 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypat
     shifted = losses_of_a_host(model, text, steps, shifting=True)
     assert shifted[0] < 2.4 and max(shifted) < shifted[0] + 0.03, shifted
     if n_kv_head == 4:
-        whole = losses_of_a_host(start, text, 60, shifting=False)
+        whole = losses_of_a_host(start, text, 100, shifting=False)
         assert whole[2] > whole[0] + 0.15, whole
