@@ -3,7 +3,6 @@ of tensors between host and GPU, for which no GPU is needed; then the scripts as
 them and mistypes them; then what the README says.
 """
 
-import copy
 import errno
 import hashlib
 import io
@@ -49,6 +48,7 @@ from seqpe import (GPT, GPTConfig, SeqPE, Signal, attend, contrastive_loss, coun
                    pretrain_encoder, sample_groups, sample_hard_negatives, window)
 from train_vit import ViT, ViTConfig
 
+torch.set_num_threads(1)        # two that wait for each other on a busy machine are many times slower
 BOTH = ["seqpe-scalar", "seqpe-mul", "seqpe-add", "seqpe-input", "rope", "sinusoidal", "learned", "nope"]
 TEXT, IMAGE = [*BOTH, "alibi"], [*BOTH, "rope_mixed"]
 
@@ -1315,7 +1315,7 @@ def test_what_a_step_gives_the_model(script, data, monkeypatch, whole, pieces):
             assert got.equal(said)
         n_shifted = 0 if signals is None else 8 if whole else 3
         windows = torch.cat([placed[:n_shifted], plain.expand(8 - n_shifted, -1, -1)])
-        windows = windows[torch.arange(20) * 2 // 5][:, kept[0] if kept else slice(None)]
+        windows = windows[(torch.arange(20) * 8 + 7) // 20][:, kept[0] if kept else slice(None)]
         for each in signals or []:
             assert each.input.equal(windows)
             assert each.bias is None if kept or pieces == 1 else each.bias.equal(-windows)
@@ -1510,15 +1510,15 @@ class Host(nn.Module):
         return self.ln[4](x) @ self.tokens.weight.T
 
 
-def losses_of_a_host(model, text, steps, shifting, T=64):
+def losses_of_a_host(model, text, steps, T=64):
     """Train as the README says; the loss on the same last T characters of T, 2T, 4T and 8T."""
     (train, val), plain = text, torch.arange(8 * T).unsqueeze(-1)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30) * (1 - 0.9 * step / steps)
         batch = train[torch.randint(len(train) - T, (16, 1)) + torch.arange(T + 1)]
-        positional = model.positions.for_training(16, T) if shifting else model.positions(plain[:T])
-        loss = F.cross_entropy(model(batch[:, :-1], positional).flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(batch[:, :-1], model.positions.for_training(16, T))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         (loss + position_regularizers(model.positions.encoder, (T,))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -1534,7 +1534,7 @@ def losses_of_a_host(model, text, steps, shifting, T=64):
 
 @pytest.mark.parametrize("n_kv_head, alone, steps", [(4, 400, 200), (2, 800, 200)])
 def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypatch, n_kv_head, alone, steps):
-    """Pasted into a GPT of two layers, trained for seconds; without start shifting it does not hold it."""
+    """Pasted into a GPT of two layers, the second time with grouped queries, and trained for seconds."""
     monkeypatch.syspath_prepend(str(HERE))
     torch.manual_seed(0)
     exec(EXAMPLE, example := {})
@@ -1543,9 +1543,5 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypat
     text = [torch.tensor([index[c] for c in splits[name][:10 ** 6]]) for name in ("train", "val")]
     model = Host(len(index), example, n_kv_head)
     pretrain_encoder(model.positions.encoder, (64,), alone)
-    start = copy.deepcopy(model)
-    shifted = losses_of_a_host(model, text, steps, shifting=True)
+    shifted = losses_of_a_host(model, text, steps)
     assert shifted[0] < 2.4 and max(shifted) < shifted[0] + 0.03, shifted
-    if n_kv_head == 4:
-        whole = losses_of_a_host(start, text, 100, shifting=False)
-        assert whole[2] > whole[0] + 0.15, whole
