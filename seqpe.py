@@ -81,12 +81,12 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     (..., T, S), numbers to add to the logits, or booleans, True where a key is seen. causal: the queries are
     those of the last T keys, as with a KV cache, and none sees a later key. Returns (B, H, T, D).
     """
-    D, T, S = q.size(-1), q.size(-2), k.size(-2)
+    D, V, T, S = q.size(-1), v.size(-1), q.size(-2), k.size(-2)
     if eq is not None:
         # The sum of two dot products is that of concatenated vectors: no (T, S) matrix is ever built.
         q = torch.cat([q, eq.expand(*q.shape[:-1], -1).type_as(q)], dim=-1)            # (B, H, T, D + E/H)
         k = torch.cat([k, ek.expand(*k.shape[:-1], -1).type_as(k)], dim=-1)
-        v = F.pad(v, (0, k.size(-1) - D))               # the fused CPU kernel wants v as wide as q and k
+        v = F.pad(v, (0, max(0, k.size(-1) - V)))           # the fused CPU kernel wants v as wide as q and k
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
     if causal and (mask is not None or T != S):
@@ -95,7 +95,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     # The scale stays that of the content: what is appended to q and k does not make its logits smaller.
     y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.type_as(q), is_causal=causal,
                                        scale=D ** -0.5, enable_gqa=bool(q.size(1) != k.size(1)))
-    return y[..., :D]
+    return y[..., :V]
 
 
 class Attention(nn.Module):
@@ -208,7 +208,7 @@ class SeqPE(nn.Module):
                                  f"{self.max_position - 1}; make it with max_position={highest + 1} or more")
         digits = position_to_digits(positions, self.n_digits, self.base).to(self.cls.device)        # (..., K)
         # A symbol is embedded as the sum of what it is, its place and its dimension.
-        x = self.symbol(digits.flatten(0, -2)) + self.place.weight                      # (n, K, width)
+        x = self.symbol(digits.reshape(-1, digits.size(-1))) + self.place.weight        # (n, K, width)
         if self.dimension is not None:
             x = x + self.dimension.weight.repeat_interleave(self.n_digits, dim=0)
         # Attention is causal, as in a language model: so [CLS] stands last, where it sees all digits.
@@ -469,7 +469,7 @@ class PositionEncoding(nn.Module):
         self.encoder = self.max_position = None     # the SeqPE inside, and the hard limit, if there are any
 
     def forward(self, positions, which=None):
-        if positions.dim() not in (2, 3) or positions.size(-1) != self.n_dim:
+        if positions.dim() not in ((2, 3) if which is None else (3,)) or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., T, {self.n_dim}), got {tuple(positions.shape)}")
         signals = self.signals(positions)
         if which is None:
@@ -570,7 +570,7 @@ class EmbeddingPE(PositionEncoding):
         if self.config.pe == "seqpe":
             return self.input_gain * self.encoder(positions)
         if self.config.pe == "learned":     # an IndexError beyond the window; so is a negative position
-            index = zip(positions.unbind(-1), self.shape)
+            index = zip(positions.long().unbind(-1), self.shape)
             return self.table[tuple(torch.where(each < 0, size, each) for each, size in index)]
         # Vaswani et al. 2017; with several dimensions each gets its share of the channels.
         n_pairs, device = self.config.n_embd // 2 // self.n_dim, self.input_gain.device
