@@ -7,17 +7,17 @@ that the model never met in training, and two extra losses keep those in order. 
     1. Positions as digits      position_to_digits, digits_to_position, window
     2. The transformer block    Signal, attend, Attention, Block: the same for encoder, GPT and ViT
     3. The sequential encoder   SeqPE: digits -> e_p
-    4. The two extra losses     L_delta (near is similar): contrastive_loss, sample_groups,
-                                sample_hard_negatives; L_OOD (far is as near): distillation_loss; both:
-                                position_regularizers, pretrain_encoder; then start shifting (some windows
-                                are far): place_windows, count_bias
+    4. The two extra losses     L_delta: contrastive_loss, sample_groups, sample_hard_negatives; L_OOD:
+                                distillation_loss; both: position_regularizers, pretrain_encoder; then
+                                start shifting: place_windows, count_bias
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. The model                GPT, in the manner of nanoGPT
 
-What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, but for its dropout of 0.1 in
-training. The functions of section 4 do ours by default, with paper=True the paper's but for "ours, always:".
+What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, except that its dropout is 0;
+the paper trains with 0.1. Section 4 does ours by default. Those of its functions that take paper=True then do
+the paper's, but for what is marked "ours, always:".
 
-Sections 1 to 4 can be copied alone and need only torch; the README shows how to use them in another model.
+The file needs only torch; the README shows how to use it in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
 """
 
@@ -37,7 +37,7 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)
-    # The leading digit keeps what is past the limit: SeqPE has no row for it, and says IndexError.
+    # The leading digit keeps what is past the limit: an error in SeqPE, not another number.
     digits[..., 1:] %= base
     return digits.flatten(-2)
 
@@ -77,11 +77,13 @@ def _rotate(x, cos_sin):
 def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     """F.scaled_dot_product_attention with positions: the logits are (q_i . k_j + eq_i . ek_j) / sqrt(D).
 
-    q: (B, H, T, D), eq: (..., H, T, E/H). k, v, ek: the same, with S for T and perhaps fewer heads. mask:
-    (..., T, S), numbers to add to the logits, or booleans, True where a key is seen. causal: the queries are
-    those of the last T keys, as with a KV cache, and none sees a later key. Returns (B, H, T, D).
+    q: (B, H, T, D), eq: (..., H, T, E/H). k, v, ek: the same, with S for T; k and v perhaps of fewer heads
+    (grouped queries). mask: (..., T, S), numbers to add to the logits, or booleans, True where a key is seen.
+    causal: queries are those of the last T keys, as with a KV cache; none sees a later one. -> (B, H, T, D)
     """
     D, V, T, S = q.size(-1), v.size(-1), q.size(-2), k.size(-2)
+    if q.size(1) != k.size(1):      # eq . ek differs from head to head, so each gets keys of its own
+        k, v = (each.repeat_interleave(q.size(1) // k.size(1), dim=1) for each in (k, v))
     if eq is not None:
         # The sum of two dot products is that of concatenated vectors: no (T, S) matrix is ever built.
         q = torch.cat([q, eq.expand(*q.shape[:-1], -1).type_as(q)], dim=-1)            # (B, H, T, D + E/H)
@@ -94,7 +96,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
         mask, causal = future if mask is None else mask.to(q.device) + future, False
     # The scale stays that of the content: what is appended to q and k does not make its logits smaller.
     y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.type_as(q), is_causal=causal,
-                                       scale=D ** -0.5, enable_gqa=bool(q.size(1) != k.size(1)))
+                                       scale=D ** -0.5)
     return y[..., :V]
 
 
@@ -129,7 +131,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: form of GELU. The encoder has GPT-2's "tanh". ours: GPT has the exact one, faster on a CPU.
+    approximate: form of GELU; GPT-2's "tanh" for the encoder. ours: GPT and ViT: exact, faster on a CPU.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -163,10 +165,10 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
-    n_head: of the encoder; ours: the attention that e_p is made for has as many. n_dim: coordinates of a
-    position, each from 0 to below max_position, in as many digits as that takes in `base`. max_position: the
-    paper's is for text; choose little more than the longest input, as all below has to be ordered. width: of
-    the encoder, n_embd by default; 64 to 96 is plenty. head_norm: the length of e_p in a head, if not free.
+    n_head: heads of the encoder, and (ours:) of the attention that uses e_p. n_dim: coordinates of a
+    position, each from 0 to below max_position, in as many digits as that takes in `base`. max_position:
+    choose little more than your longest input, as the losses have to order every position below it. width: of
+    the encoder, n_embd by default; 64 to 96 is plenty. head_norm: each head's part of e_p gets this length.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
@@ -182,7 +184,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_dim * n_digits, width)                      # at which of the K places
-        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # of which coordinate, again
+        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # and its coordinate, apart
         self.cls = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, n_head, True, dropout, "tanh") for _ in range(n_layer))
         self.ln = nn.LayerNorm(width)
@@ -194,14 +196,14 @@ class SeqPE(nn.Module):
         self.apply(_init_weights)
         nn.init.normal_(self.cls, std=0.02)
 
-    def forward(self, positions, check=True):
+    def forward(self, positions):
         """positions: (..., n_dim) integers -> e_p: (..., n_embd). ValueError for what is no position.
 
-        check=False does not look at values: for positions on a GPU, and for torch.compile and torch.export.
+        Values are looked at on a CPU alone (a GPU would be waited for), and not while torch compiles.
         """
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
-        if check and positions.numel():
+        if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
             lowest, highest = int(positions.min()), int(positions.max())
             if lowest < 0 or highest >= self.max_position:
                 raise ValueError(f"positions {lowest} to {highest} are past the limit: this SeqPE holds 0 to "
@@ -226,14 +228,13 @@ class SeqPE(nn.Module):
 # ---- 4. The two extra losses, and start shifting ----------------------------------------------------------
 
 def contrastive_loss(e, positions, n_head, paper=False):
-    """L_delta: near positions get similar embeddings. Of a pivot's candidates the nearest has to be found:
+    """L_delta: near positions get similar embeddings. In a group the nearest to a pivot has to be found:
 
         L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
 
-    c is the position nearest to i in the group. j runs over the group, without i, copies of i and of c, and
-    (ours, always:) others exactly as near as c. e: (P, N, E), the embeddings of P groups of positions
-    (P, N, n_dim) -> scalar. In the paper the first of a group is its pivot, and whole vectors are compared.
-    ours: each position is the pivot once, and each head is compared by itself, as attention will.
+    c is the nearest to i. j runs over c and the others, except copies of i or c and (ours, always:) those
+    exactly as near. e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the
+    paper the first of a group is the pivot, and e is compared whole. ours: each is it once, head by head.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -250,18 +251,17 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    There are three ways to draw candidates; the shares are of groups      paper   its text code   ours
-        plain    from all positions                                        0.5     0               0.2
-        hard     so, but a fifth (its text code: a quarter) are written
-                 much like the pivot, if farther than the nearest plain    0.3     0.4             0
-        window   from a short window: close numbers must be told apart     0.2     0.6             0.8
+    Candidates are drawn in three ways, with these shares of groups:       paper   (its text code)   ours
+        plain    from all positions                                        0.5     (0)               0.2
+        hard     plain, but a fifth (a quarter) are written much like
+                 the pivot, yet are farther than the nearest plain one     0.3     (0.4)             0
+        window   from a short window: close numbers must be told apart     0.2     (0.6)             0.8
 
     The paper's window is a box of 256 or 16 x 16 positions (in its code 17 x 17), anywhere. ours: around the
     pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of 2,048 the nearest is
-    32 away. ours, always: a position may be drawn twice.
+    32 away on average. ours, always: a position may be drawn twice.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
-
     kwargs = dict(dtype=torch.float32, device=device)
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), device=device)
     plain = torch.randint(max_position, (n_groups, n_candidates, n_dim), device=device)
@@ -281,9 +281,9 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
         return torch.cat([pivots, torch.where(way < 0.2, plain, close)], dim=1)
     n_hard = n_candidates // 5
     hard, rest = sample_hard_negatives(encoder, pivots.squeeze(1), n_hard), plain[:, n_hard:]
-    of_hard, of_plain = ((each - pivots).pow(2).sum(-1, keepdim=True) for each in (hard, rest))
-    least = of_plain.masked_fill(of_plain == 0, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
-    stays = (of_hard > least) & (hard < max_position).all(-1, keepdim=True)             # (P, n_hard, 1)
+    far_hard, far_plain = ((each - pivots).pow(2).sum(-1, keepdim=True) for each in (hard, rest))
+    least = far_plain.masked_fill(far_plain == 0, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+    stays = (far_hard > least) & (hard < max_position).all(-1, keepdim=True)            # (P, n_hard, 1)
     hard = torch.cat([torch.where(stays, hard, plain[:, :n_hard]), rest], dim=1)
     candidates = torch.where(way < 0.5, plain, torch.where(way < 0.8, hard, close))
     return torch.cat([pivots, candidates], dim=1)
@@ -292,13 +292,13 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
 def sample_hard_negatives(encoder, pivots, n_negatives):
     """Positions written much like a pivot: by 1 to 3 edits of its K digits.
 
-    There are four edits. At the third place of 1 2 3 4 5:
+    There are four edits. At the third place of 5 6 7 8 9:
 
-        insert a digit, 9   2 3 9 4 5   the leading one drops out       swap with any other   1 3 2 4 5
-        delete the digit    0 1 2 4 5   a zero moves in at the front    another digit, 9      1 2 9 4 5
+        insert a digit, 3   6 7 3 8 9   the leading one drops out       swap with any other   5 7 6 8 9
+        delete the digit    0 5 6 8 9   a zero moves in at the front    another digit, 3      5 6 3 8 9
 
-    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: they are
-    padded, and an edit may do nothing or pass the limit; the paper pads none, and draws such an edit again.
+    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: zeros in
+    front are edited, too, and an edit may do nothing or pass the limit; the paper draws such an edit again.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
@@ -311,7 +311,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
     for i in range(3):
         kind, at, other = draw(4), 1 + draw(K), 1 + draw(K)
         different = (digits.gather(-1, at - 1) + 1 + draw(base - 1)) % base
-        # To pick from: 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. At 3, with K = 5:
+        # Indices of 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. At 3, with K = 5:
         symbols = F.pad(torch.cat([digits, draw(base), different], dim=-1), (1, 0))
         picks = torch.stack([torch.where(here == at, K + 1, here + (here < at)),        # insert: 2 3 6 4 5
                              here - (here <= at).long(),                                # delete: 0 1 2 4 5
@@ -329,7 +329,7 @@ def distillation_loss(e_teacher, e_students, n_head):
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. ours: this sum over j is m times the mean that the authors' code takes.
+    heads, too. ours: the sum over j; the authors' code takes the mean, which is 1 / m of it.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -343,23 +343,24 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
                           paper=False):
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
-    shape: the training window, (T,) or (h, w). paper: groups as the paper: 16 of M = 32 for text, and S = 16
-    students of m = 32; for images 32 of 64, twice; L_OOD / m. ours: 4 of 32, twice. ours, always: students
-    have the same m indices and lie anywhere; the paper's start beyond the teacher (text: from T / 4 on).
+    shape: the training window, (T,) or (h, w). Both weights are the paper's. ours, always: students lie
+    anywhere, and have the teacher's m indices. The paper draws m indices for each student; in an image it
+    starts beyond the teacher, in text at T / 4 or later.
     """
+    # For L_delta groups of so many candidates, for L_OOD students of m positions; ours, the first, are fewer.
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     n_groups, n_candidates, n_students, m = sizes
     device = encoder.cls.device
     loss = torch.zeros((), device=device)
     if contrastive_weight:
         groups = sample_groups(encoder, n_groups, n_candidates, paper)                  # (P, 1 + M, n_dim)
-        e = encoder(groups, check=False)
+        e = encoder(groups)
         loss = loss + contrastive_weight * contrastive_loss(e, groups, encoder.n_head, paper)
     if distill_weight:
         teacher = window(shape).to(device).unsqueeze(0)                                 # (1, T, n_dim)
         students = place_windows(shape, n_students, encoder.max_position, max_pieces=1, device=device)
         chosen = torch.randperm(teacher.size(1), device=device)[:m]
-        e = encoder(torch.cat([teacher, students])[:, chosen], check=False)             # (1 + S, m, E)
+        e = encoder(torch.cat([teacher, students])[:, chosen])                          # (1 + S, m, E)
         loss = loss + distill_weight / (m if paper else 1) * distillation_loss(e[0], e[1:], encoder.n_head)
     return loss
 
@@ -367,8 +368,8 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
 def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=iter):
     """ours: order all positions before the model's first step, as a short training has no time to.
 
-    The two losses alone: L_delta at full weight, as there is nothing to disturb, of four times the groups.
-    Call it before DistributedDataParallel wraps the model, or replicas part. progress: tqdm, for a bar.
+    The two losses alone. L_delta has weight 1, as no model is disturbed, and four times the groups. Call it
+    before DistributedDataParallel wraps the model, or each replica's encoder differs. progress: e.g. tqdm.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
     for step in progress(range(steps)):
@@ -386,15 +387,15 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """Start shifting: windows at random places, for training to meet far positions -> (n_windows, T, n_dim).
 
     shape: the training window, (T,) or (h, w). The paper moves it as a whole (max_pieces=1), to one of 320
-    places drawn once. ours: drawn each time; and each axis is torn at random into 1 to max_pieces pieces, for
-    long distances in a short window (PoSE, Zhu et al. 2024): 0 1 2 3 4 may become 17 18 19 805 806.
+    places drawn once; ours, always: drawn each time. ours: each axis is torn at random into 1 to max_pieces
+    pieces, for long distances in a short window (PoSE, Zhu et al. 2024): 0 1 2 3 4 becomes 17 18 19 805 806.
     """
     places = window(shape).to(device)                                                   # (T, n_dim)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), device=device)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), device=device)
                            for size in shape], dim=-1)                      # (n_windows, max_pieces, n_dim)
-    offsets = offsets.masked_fill(unused, max_position).sort(1).values
+    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused ones last: no cut before
     cuts = torch.rand(n_windows, max_pieces - 1, len(shape), dtype=torch.float32, device=device)
     cuts = (cuts * torch.tensor(shape, device=device)).masked_fill(unused[:, 1:], math.inf).unsqueeze(1)
     piece = (places.unsqueeze(1) >= cuts).sum(2)            # cuts before each place: (n_windows, T, n_dim)
@@ -407,8 +408,8 @@ def count_bias(positions):
     A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries
     behind the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
     softmax). Otherwise heads that look far meet only T keys in training, and drown among thousands later. But
-    a key that is looked for would be louder than later: so a random part of it is added, 0 to 1 for each
-    window. Where positions fall, a new text begins (packed documents); nothing is missing there.
+    one key that a head searches for would count more than in a real long text: so only a random part of it is
+    added, 0 to 1 for each window. Where positions fall, a new text begins (packed documents), without a gap.
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
         raise ValueError(f"count_bias is for windows of text, (B, T, 1), not for {tuple(positions.shape)}")
@@ -421,8 +422,8 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step. ours: 4 of 8 windows are moved, most of them torn. The paper moves all of 16, in a tenth of
-# the steps, and leaves out L_OOD in these.
+# A training step. ours: 4 of 8 windows are moved, most of them torn. The paper has 16 windows in a step; in a
+# tenth of the steps it moves all 16, and leaves out L_OOD.
 #     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
 #     which = torch.arange(B) * 8 // B                    # the window of each of B sequences
@@ -435,7 +436,7 @@ def count_bias(positions):
 
 @dataclass
 class TransformerConfig:
-    """What GPT and train_vit.py's ViT have in common."""
+    """What GPT and train_vit.py's ViT have in common. The sizes are ours."""
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
@@ -485,7 +486,7 @@ class PositionEncoding(nn.Module):
 
 
 class RoPE(PositionEncoding):
-    """Su et al. 2021: a pair of channels is turned by an angle, frequency times one of the coordinates."""
+    """Su et al. 2021; for images Heo et al. 2024: a pair of channels is turned by frequency * coordinate."""
 
     def __init__(self, config, shape, class_token=False):
         super().__init__(config, shape, class_token)
@@ -493,7 +494,7 @@ class RoPE(PositionEncoding):
             raise ValueError(f"rope needs n_embd / n_head={self.head_dim} divisible by {2 * self.n_dim}")
 
     def frequency(self, device):
-        """In float32 whatever the model's type, as angles need it: (n_layer or 1, H or 1, n_dim, D/2)."""
+        """(1, 1, n_dim, D/2), or a row for each layer and head; in float32 whatever the model's type is."""
         n_pairs, theta = self.head_dim // 2 // self.n_dim, 10000.0 if self.n_dim == 1 else 100.0
         of_one = theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
         return torch.block_diag(*[of_one[None]] * self.n_dim)[None, None]
@@ -527,20 +528,21 @@ class EmbeddingPE(PositionEncoding):
     """Encodings that make a vector e_p of each position, and how it enters the model:
 
         input   x_i + input_gain * e_i, once, before the first layer
-        scalar  q_i . k_j + eq_i . ek_j,        [eq, ek] = W e, one W for all layers (images: one for each)
-        mul     q_i * eq_i and k_j * ek_j,      [eq, ek] = W e, a W for each layer
-        add     q_i + eq_i and k_j + ek_j,      [eq, ek] = W e, a W for each layer
+        scalar  a number, eq_i . ek_j, is added to q_i . k_j; one W for all layers (images: one for each)
+        mul     q_i * eq_i and k_j * ek_j, a W for each layer
+        add     q_i + eq_i and k_j + ek_j, a W for each layer
 
-    The paper has scalar for text and mul for images; W starts at N(0, 0.02). ours: with diagonal_maps, W is
-    diagonal, such that eq . ek / sqrt(D) is gain * e_i . e_j, which L_delta has made fall with distance. The
-    gain is 1 in the first head and 1/64 in the last of four: some begin by looking nearby, some everywhere.
+    with [eq, ek] = W e. The paper has scalar for text and mul for images; W starts at N(0, 0.02). ours: with
+    diagonal_maps W starts as the identity for mul. For scalar it starts such that eq_i . ek_j / sqrt(D) is
+    gain * e_i . e_j, which L_delta has made fall with distance; the gain is 1 in the first head and 1/64 in
+    the last of four, so some begin by looking nearby, some everywhere.
     """
 
     def __init__(self, config, shape, class_token=False):
         super().__init__(config, shape, class_token)
         C, n_head, n_layer, is_seqpe = config.n_embd, config.n_head, config.n_layer, config.pe == "seqpe"
         self.fusion = config.fusion if is_seqpe else "input"
-        # ours: half a head's channels are enough to say how near, and attention pays for each (pe_embd).
+        # ours: with pe_embd e_p is narrower than C, as attention pays for each of its channels.
         size = self.fusion == "scalar" and config.pe_embd or C
         if is_seqpe:
             self.max_position = config.max_position
@@ -554,7 +556,7 @@ class EmbeddingPE(PositionEncoding):
         # A class token has no place in the grid: its vector is learned. ours: about as large as others.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
-        # ours, always: tokens start at 0.02, and beside larger vectors they would stay unread.
+        # ours, always: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
         gained = self.fusion == "input" and config.pe != "learned"
         self.input_gain = nn.Parameter(torch.tensor(0.1)) if gained else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
@@ -569,7 +571,7 @@ class EmbeddingPE(PositionEncoding):
     def embed(self, positions):
         if self.config.pe == "seqpe":
             return self.input_gain * self.encoder(positions)
-        if self.config.pe == "learned":     # an IndexError beyond the window; so is a negative position
+        if self.config.pe == "learned":     # IndexError beyond the window, and for a negative position
             index = zip(positions.long().unbind(-1), self.shape)
             return self.table[tuple(torch.where(each < 0, size, each) for each, size in index)]
         # Vaswani et al. 2017; with several dimensions each gets its share of the channels.
@@ -645,6 +647,4 @@ class GPT(Transformer):
         """
         signals = self.pe(window(idx.shape[1:])) if signals is None else signals
         logits = F.linear(self.transform(self.tokens(idx), signals), self.tokens.weight)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -41,9 +41,10 @@ OPTIONS = {     # our default, that of --recipe paper where it is another, least
     "n_head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
     "n_embd": (128, 1, 8192, "width of the model"),
     "shift_prob": (0.5, 0.1, 0, 1, "share of the eight windows of a step that are at random places"),
-    "shift_whole": (0, 1, 0, 1, "1: all eight are (the paper: 16 of a pool), or none; then no L_OOD"),
+    "shift_whole": (0, 1, 0, 1, "1: all eight are (the paper: 16 of a pool), or none"),
     "pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
     "distill_weight": (0.1, 0, 1e3, "weight of L_OOD"),
+    "distill_shifted": (1, 0, 0, 1, "0: no L_OOD in steps that have shifted windows"),
     "paper_groups": (0, 1, 0, 1, "1: groups and students as many, and compared, as in the paper"),
     "pretrain_steps": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
     "head_norm": (6.0, 0.0, 0, 1e3, "length of e_p in each head; 0: as it comes"),
@@ -83,9 +84,9 @@ def parse(argv, doc, tasks, options, more={}):
     args = parser.parse_args(argv)
     args.pe = first.encodings if args.pe == "all" else list(dict.fromkeys(args.pe.split(",")))
     if unknown := set(args.pe) - set(first.encodings):
-        parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(first.encodings)}, all")
+        parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(first.encodings)}; or all alone")
     if not all(seed.isdecimal() and int(seed) <= 2 ** 32 for seed in args.seed.split(",")):
-        parser.error(f"--seed must be integers from 0 to 2 ** 32, not {args.seed}")
+        parser.error(f"--seed must be integers from 0 to 2 ** 32, not {args.seed!r}")
     args.seed = list(dict.fromkeys(map(int, args.seed.split(","))))
     for name, (*_, least, most, _) in options.items():
         if not least <= (value := getattr(args, name)) <= most:
@@ -140,7 +141,7 @@ class Text:
     def encode(self, text):
         index = {character: i for i, character in enumerate(self.characters)}
         if unknown := set(text) - set(index):
-            raise ValueError(f"characters that are not in the data: {''.join(sorted(unknown))[:20]!r}")
+            raise ValueError(f"--sample: characters that the data has not: {''.join(sorted(unknown))[:20]!r}")
         return torch.tensor([index[character] for character in text])
 
     def model(self, pe):
@@ -157,7 +158,7 @@ class Text:
         """What the encoding tells each layer: sequence b has the positions of windows[which[b]]."""
         signals = None if windows is None else model.pe(windows, which)
         if signals and self.args.pieces > 1:
-            bias = count_bias(windows)[which].to(self.args.device)                          # (B, 1, T, T)
+            bias = count_bias(windows.to(self.args.device))[which]                          # (B, 1, T, T)
             signals = [signal._replace(bias=bias) for signal in signals]
         return signals
 
@@ -261,7 +262,7 @@ def path_of(args, names, seeds, end):
 
 def write_file(path, data):
     """Write to a name of this process alone, then move into place: path is never half written."""
-    path = path.resolve()               # a symbolic link stays one
+    path = Path(os.path.realpath(path))     # a symbolic link stays one
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -311,7 +312,7 @@ def training_loss(task, model, batch, args):
         loss = task.loss(model, batch, windows, which)
     if not encoder:
         return loss, 0.0
-    distill_weight = 0.0 if args.shift_whole and n_shifted else args.distill_weight
+    distill_weight = args.distill_weight if args.distill_shifted or not n_shifted else 0.0
     return loss, position_regularizers(encoder, model.shape, 0.1, distill_weight, paper=args.paper_groups)
 
 
@@ -338,8 +339,7 @@ def train(task, pe, seed, path, settings):
         # Up in 5 % of the steps, then by a cosine to a tenth.
         done = step / args.steps
         rate = args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
         loss, regularizers = training_loss(task, model, task.batch(data), args)
         (loss + regularizers).backward()
         torch.nn.utils.clip_grad_norm_(of_model, 1.0)
@@ -451,12 +451,12 @@ def run_all(Task, args):
     finally:        # when stopped, too: what is finished
         for title, rows in results.items():
             print("\n" + table(title, task.form, task.sizes, rows))
-        names, end = ",".join(args.pe), "-val" * (args.split == "val")
-        for i, (title, rows) in enumerate(results.items()):
-            svg, record = chart(title, task.sizes, rows), {"columns": task.sizes, title: rows, **vars(args)}
-            path = path_of(args, names, args.seed, end + f"-{i}" * (i > 0) + ".svg")
-            write_file(path, svg.encode())
-            write_file(path.with_suffix(".json"), json.dumps(record, default=str).encode())
+    names, end = ",".join(args.pe), "-val" * (args.split == "val")
+    for i, (title, rows) in enumerate(results.items()):
+        svg, record = chart(title, task.sizes, rows), {"columns": task.sizes, title: rows, **vars(args)}
+        path = path_of(args, names, args.seed, end + f"-{i}" * (i > 0) + ".svg")
+        write_file(path, svg.encode())
+        write_file(path.with_suffix(".json"), json.dumps(record, default=str).encode())
     return results
 
 
