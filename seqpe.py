@@ -14,8 +14,8 @@ that the model never met in training, and two extra losses keep those in order. 
     6. The model                GPT, in the manner of nanoGPT
 
 What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, except that its dropout is 0;
-the paper trains with 0.1. Section 4 does ours by default. Those of its functions that take paper=True then do
-the paper's, but for what is marked "ours, always:".
+the paper trains with 0.1. Functions that have an argument `paper` do ours by default, and with paper=True the
+paper's, but for what is marked "ours, always:".
 
 The file needs only torch; the README shows how to use it in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
@@ -37,7 +37,7 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)
-    # The leading digit keeps what is past the limit: an error in SeqPE, not another number.
+    # A number that is too long keeps a leading digit of `base` or more, for which SeqPE has no row.
     digits[..., 1:] %= base
     return digits.flatten(-2)
 
@@ -78,19 +78,21 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     """F.scaled_dot_product_attention with positions: the logits are (q_i . k_j + eq_i . ek_j) / sqrt(D).
 
     q: (B, H, T, D), eq: (..., H, T, E/H). k, v, ek: the same, with S for T; k and v perhaps of fewer heads
-    (grouped queries). mask: (..., T, S), numbers to add to the logits, or booleans, True where a key is seen.
+    (grouped queries). mask: (..., T, S), numbers to add to the logits, or booleans or integers, 0: not seen.
     causal: queries are those of the last T keys, as with a KV cache; none sees a later one. -> (B, H, T, D)
     """
     D, V, T, S = q.size(-1), v.size(-1), q.size(-2), k.size(-2)
     if q.size(1) != k.size(1):      # eq . ek differs from head to head, so each gets keys of its own
         k, v = (each.repeat_interleave(q.size(1) // k.size(1), dim=1) for each in (k, v))
     if eq is not None:
+        if (eq.size(-2), ek.size(-2)) != (T, S):
+            raise ValueError(f"eq, ek: {eq.size(-2)}, {ek.size(-2)} positions, but q, k have {T}, {S}")
         # The sum of two dot products is that of concatenated vectors: no (T, S) matrix is ever built.
         q = torch.cat([q, eq.expand(*q.shape[:-1], -1).type_as(q)], dim=-1)            # (B, H, T, D + E/H)
         k = torch.cat([k, ek.expand(*k.shape[:-1], -1).type_as(k)], dim=-1)
         v = F.pad(v, (0, max(0, k.size(-1) - V)))           # the fused CPU kernel wants v as wide as q and k
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+    if mask is not None and not mask.is_floating_point():
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -math.inf)
     if causal and (mask is not None or T != S):
         future = torch.full((T, S), -math.inf, device=q.device).triu(1 + S - T)
         mask, causal = future if mask is None else mask.to(q.device) + future, False
@@ -131,7 +133,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: form of GELU; GPT-2's "tanh" for the encoder. ours: GPT and ViT: exact, faster on a CPU.
+    approximate: form of GELU, GPT-2's "tanh" in the encoder. ours: GPT and ViT have the faster exact one.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -165,10 +167,10 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
-    n_head: heads of the encoder, and (ours:) of the attention that uses e_p. n_dim: coordinates of a
-    position, each from 0 to below max_position, in as many digits as that takes in `base`. max_position:
-    choose little more than your longest input, as the losses have to order every position below it. width: of
-    the encoder, n_embd by default; 64 to 96 is plenty. head_norm: each head's part of e_p gets this length.
+    n_head: heads of the encoder and of the attention that uses e_p; ours: one number for both. n_dim:
+    coordinates of a position, each from 0 to below max_position, in as many digits as that takes in `base`.
+    max_position: choose little more than your longest input, as the losses have to order every position below
+    it. width: the encoder's, else n_embd; 64 to 96 is plenty. head_norm: the length of e_p in each head.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
@@ -178,13 +180,13 @@ class SeqPE(nn.Module):
         if (min(n_embd, n_head, n_layer, n_dim, width, base - 1) < 1 or not 2 <= max_position <= 2 ** 30
                 or n_embd % n_head or width % n_head or head_norm and n_embd == n_head):
             raise ValueError(f"SeqPE: n_embd={n_embd} and width={width} must be multiples of n_head={n_head} "
-                             "(n_embd a larger one with head_norm), base 2 or more, max_position 2 to 2**30")
+                             "(with head_norm n_embd > n_head), base 2 or more, max_position 2 to 2**30")
         n_digits = next(n for n in range(1, 31) if base ** n >= max_position)
         self.n_embd, self.n_head, self.n_dim, self.n_digits, self.base = n_embd, n_head, n_dim, n_digits, base
         self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_dim * n_digits, width)                      # at which of the K places
-        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # and its coordinate, apart
+        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # of which coordinate, once more
         self.cls = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, n_head, True, dropout, "tanh") for _ in range(n_layer))
         self.ln = nn.LayerNorm(width)
@@ -207,7 +209,7 @@ class SeqPE(nn.Module):
             lowest, highest = int(positions.min()), int(positions.max())
             if lowest < 0 or highest >= self.max_position:
                 raise ValueError(f"positions {lowest} to {highest} are past the limit: this SeqPE holds 0 to "
-                                 f"{self.max_position - 1}; make it with max_position={highest + 1} or more")
+                                 f"{self.max_position - 1}; make it with a larger max_position")
         digits = position_to_digits(positions, self.n_digits, self.base).to(self.cls.device)        # (..., K)
         # A symbol is embedded as the sum of what it is, its place and its dimension.
         x = self.symbol(digits.reshape(-1, digits.size(-1))) + self.place.weight        # (n, K, width)
@@ -228,13 +230,14 @@ class SeqPE(nn.Module):
 # ---- 4. The two extra losses, and start shifting ----------------------------------------------------------
 
 def contrastive_loss(e, positions, n_head, paper=False):
-    """L_delta: near positions get similar embeddings. In a group the nearest to a pivot has to be found:
+    """L_delta: near positions get similar embeddings. In a group, which is a pivot i and its candidates, the
+    candidate nearest to i, called c, has to be found:
 
         L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
 
-    c is the nearest to i. j runs over c and the others, except copies of i or c and (ours, always:) those
-    exactly as near. e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the
-    paper the first of a group is the pivot, and e is compared whole. ours: each is it once, head by head.
+    j runs over c and the others, except copies of i or c and (ours, always:) those exactly as near as c.
+    e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
+    group is the pivot, and e is compared whole. ours: each is the pivot once, and heads are compared apart.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -251,21 +254,20 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways, with these shares of groups:       paper   (its text code)   ours
-        plain    from all positions                                        0.5     (0)               0.2
-        hard     plain, but a fifth (a quarter) are written much like
-                 the pivot, yet are farther than the nearest plain one     0.3     (0.4)             0
-        window   from a short window: close numbers must be told apart     0.2     (0.6)             0.8
+    Candidates are drawn in three ways (in brackets the authors' code for text):  paper       ours
+        plain    from all positions                                               0.5 (0)     0.2 of groups
+        hard     plain, but a fifth (a quarter) are written much like the pivot,
+                 and are farther from it than the nearest plain one               0.3 (0.4)   0
+        window   from a short window: close numbers must be told apart            0.2 (0.6)   0.8
 
-    The paper's window is a box of 256 or 16 x 16 positions (in its code 17 x 17), anywhere. ours: around the
-    pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of 2,048 the nearest is
-    32 away on average. ours, always: a position may be drawn twice.
+    The paper's window is a box of 256 or 16 x 16 positions (in its code 17 x 17), mostly far from the pivot.
+    ours: around the pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of
+    2,048 the nearest is 32 away on average. ours, always: a position may be drawn twice.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), device=device)
     plain = torch.randint(max_position, (n_groups, n_candidates, n_dim), device=device)
-
     if paper:
         size = min(round(256 ** (1 / n_dim)), max_position)
         start = (torch.rand(n_groups, 1, n_dim, **kwargs) * (max_position - size + 1)).long()
@@ -290,12 +292,10 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
 
 
 def sample_hard_negatives(encoder, pivots, n_negatives):
-    """Positions written much like a pivot: by 1 to 3 edits of its K digits.
+    """Positions written much like a pivot, by 1 to 3 edits of its K digits. At the third place of 5 6 7 8 9:
 
-    There are four edits. At the third place of 5 6 7 8 9:
-
-        insert a digit, 3   6 7 3 8 9   the leading one drops out       swap with any other   5 7 6 8 9
-        delete the digit    0 5 6 8 9   a zero moves in at the front    another digit, 3      5 6 3 8 9
+        insert a digit, 3   6 7 3 8 9   the leading one drops out     |   swap with any other   5 7 6 8 9
+        delete the digit    0 5 6 8 9   a zero moves in at the front  |   another digit, 3      5 6 3 8 9
 
     (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: zeros in
     front are edited, too, and an edit may do nothing or pass the limit; the paper draws such an edit again.
@@ -329,7 +329,7 @@ def distillation_loss(e_teacher, e_students, n_head):
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. ours: the sum over j; the authors' code takes the mean, which is 1 / m of it.
+    heads, too. ours: the sum over j; the authors' code, like position_regularizers' paper=True, has the mean.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -344,10 +344,10 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     shape: the training window, (T,) or (h, w). Both weights are the paper's. ours, always: students lie
-    anywhere, and have the teacher's m indices. The paper draws m indices for each student; in an image it
-    starts beyond the teacher, in text at T / 4 or later.
+    anywhere, and m places of the window are drawn for all. The paper draws m for each student, and puts
+    students beyond the teacher (images), or at T / 4 or later (text). n_groups is for ours.
     """
-    # For L_delta groups of so many candidates, for L_OOD students of m positions; ours, the first, are fewer.
+    # Groups and their candidates, students and their places: ours, the paper's for text, and for images.
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     n_groups, n_candidates, n_students, m = sizes
     device = encoder.cls.device
@@ -387,9 +387,11 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """Start shifting: windows at random places, for training to meet far positions -> (n_windows, T, n_dim).
 
     shape: the training window, (T,) or (h, w). The paper moves it as a whole (max_pieces=1), to one of 320
-    places drawn once; ours, always: drawn each time. ours: each axis is torn at random into 1 to max_pieces
+    places drawn once. ours: drawn each time, and each axis is torn at random into 1 to max_pieces
     pieces, for long distances in a short window (PoSE, Zhu et al. 2024): 0 1 2 3 4 becomes 17 18 19 805 806.
     """
+    if max(shape) > max_position:
+        raise ValueError(f"a window of {tuple(shape)} does not fit into max_position={max_position}")
     places = window(shape).to(device)                                                   # (T, n_dim)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), device=device)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
@@ -422,11 +424,10 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step. ours: 4 of 8 windows are moved, most of them torn. The paper has 16 windows in a step; in a
-# tenth of the steps it moves all 16, and leaves out L_OOD.
+# A training step. ours: 4 of 8 windows move. The paper's: in a tenth of the steps all 16 do, without L_OOD.
 #     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
-#     which = torch.arange(B) * 8 // B                    # the window of each of B sequences
+#     which = (torch.arange(B) * 8 + torch.randint(8, ())) // B       # the window of each of B sequences
 #     e = encoder(windows)                                # section 5 makes eq and ek of it
 #     loss = model's loss, with eq[which], ek[which], count_bias(windows)[which] in every layer's attend()
 #            + position_regularizers(encoder, (128,))
@@ -481,7 +482,7 @@ class PositionEncoding(nn.Module):
         return [Signal()] * self.config.n_layer
 
     def interpolate(self, shape):
-        """The signals of another window; its positions are fractions: those of training, stretched."""
+        """The signals of another window that covers the positions of training, in larger or smaller steps."""
         return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
@@ -494,7 +495,7 @@ class RoPE(PositionEncoding):
             raise ValueError(f"rope needs n_embd / n_head={self.head_dim} divisible by {2 * self.n_dim}")
 
     def frequency(self, device):
-        """(1, 1, n_dim, D/2), or a row for each layer and head; in float32 whatever the model's type is."""
+        """(1, 1, n_dim, D/2), in a subclass (n_layer, H, ...); float32, as angles need it in any model."""
         n_pairs, theta = self.head_dim // 2 // self.n_dim, 10000.0 if self.n_dim == 1 else 100.0
         of_one = theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
         return torch.block_diag(*[of_one[None]] * self.n_dim)[None, None]
@@ -518,7 +519,7 @@ class ALiBi(PositionEncoding):
 
     def signals(self, positions):
         head = torch.arange(1, self.config.n_head + 1, dtype=torch.float32, device=positions.device)
-        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5           # attention divides by it
+        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5           # attention divides by sqrt(D)
         j = torch.cat([positions - positions % 256, positions % 256], dim=-1).float().unsqueeze(-3)
         extend = torch.stack(torch.broadcast_tensors(slope.view(-1, 1, 1), j), dim=-4)  # (..., 2, H, T, 2)
         return [Signal(extend=extend)] * self.config.n_layer
@@ -533,9 +534,9 @@ class EmbeddingPE(PositionEncoding):
         add     q_i + eq_i and k_j + ek_j, a W for each layer
 
     with [eq, ek] = W e. The paper has scalar for text and mul for images; W starts at N(0, 0.02). ours: with
-    diagonal_maps W starts as the identity for mul. For scalar it starts such that eq_i . ek_j / sqrt(D) is
-    gain * e_i . e_j, which L_delta has made fall with distance; the gain is 1 in the first head and 1/64 in
-    the last of four, so some begin by looking nearby, some everywhere.
+    diagonal_maps W starts as the identity for mul, else such that with scalar eq_i . ek_j / sqrt(D) is gain *
+    e_i . e_j, which L_delta has made fall with distance. The gain is 1 in the first head and 1/64 in the last
+    of four, so some begin by looking nearby, some everywhere.
     """
 
     def __init__(self, config, shape, class_token=False):
@@ -553,10 +554,10 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token has no place in the grid: its vector is learned. ours: about as large as others.
+        # A class token has no place in the grid: its vector is learned. ours: with head_norm as large.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
-        # ours, always: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
+        # ours: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
         gained = self.fusion == "input" and config.pe != "learned"
         self.input_gain = nn.Parameter(torch.tensor(0.1)) if gained else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
@@ -613,13 +614,12 @@ class Transformer(nn.Module):
     def __init__(self, config, shape, causal):
         super().__init__()
         self.config, self.shape = config, shape         # the training window's shape
-        C, n_layer = config.n_embd, config.n_layer
-        self.blocks = nn.ModuleList(Block(C, config.n_head, causal) for _ in range(n_layer))
-        self.ln = nn.LayerNorm(C)
+        blocks = (Block(config.n_embd, config.n_head, causal) for _ in range(config.n_layer))
+        self.blocks, self.ln = nn.ModuleList(blocks), nn.LayerNorm(config.n_embd)
         self.apply(_init_weights)
         for block in self.blocks:       # GPT-2: the residual stream's variance does not grow with depth
             for layer in (block.attn.proj, block.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * n_layer))
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.n_layer))
         self.pe = ENCODINGS[config.pe](config, shape, class_token=not causal)       # has a start of its own
 
     def transform(self, x, signals):

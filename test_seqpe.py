@@ -443,7 +443,7 @@ ATTEND = {      # name: (heads of keys, queries, causal, mask)
     "one, grouped": (1, 1, True, None), "images": (4, 7, False, None),
     "numbers": (4, 7, True, randn(2, 1, 7, 7, seed=9)), "of the last": (2, 3, True, randn(3, 7, seed=9)),
     "booleans": (4, 7, True, torch.arange(7) > torch.tensor([[2], [0]])[:, None, None] - 1),
-    "padding": (2, 7, False, (torch.arange(7) < 5).expand(7, 7)),
+    "padding": (2, 7, False, (torch.arange(7) < 5).expand(7, 7).long()),
 }
 
 
@@ -458,8 +458,8 @@ def test_attend_equals_a_loop(n_kv_head, T, causal, mask):
         for j in range(7):
             logit = (q[b, h, i] @ k[b, h // group, j] + eq[h, i] @ ek[h, j]) / math.sqrt(6)
             m = 0.0 if mask is None else mask.expand(2, 1, T, 7)[b, 0, i, j].item()
-            seen = (m is not False) and not (causal and j > i + 7 - T)
-            logits.append(float(logit) + (0.0 if m is True else m) if seen else -math.inf)
+            added = m if isinstance(m, float) else 0.0 if m else -math.inf
+            logits.append(-math.inf if causal and j > i + 7 - T else float(logit) + added)
         p = torch.tensor(logits, dtype=torch.float64).softmax(0)
         if p.isfinite().all():      # a query that sees nothing has no answer
             assert_close(y[b, h, i], p @ v[b, h // group], rtol=0, atol=1e-10)
@@ -784,9 +784,11 @@ ERRORS = {
     "last dimension": (lambda: SeqPE(8, n_dim=2)(torch.zeros(4, 3).long()), ValueError, r"n_dim=2.*\(4, 3\)"),
     "too many positions": (lambda: SeqPE(8, max_position=2 ** 30 + 1), ValueError, r"2\*\*30"),
     "base": (lambda: SeqPE(8, base=1), ValueError, "SeqPE"),
-    "gpt: past the limit": (lambda: gpt()(tokens(1, 1001)), ValueError, "1000 .*0 to 999.*max_position=1001"),
+    "gpt: past the limit": (lambda: gpt()(tokens(1, 1001)), ValueError, "1000 .*0 to 999.*a larger max_"),
+    "window too long": (lambda: place_windows((9,), 8, 8), ValueError, r"\(9,\) .*max_position=8"),
+    "ek of one key": (lambda: attend(*randn(5, 1, 2, 7, 4)[:4], randn(2, 1, 4)), ValueError, "7, 1 .*7, 7"),
     "vit: image": (lambda: vit()(torch.zeros(1, 2, 8, 9)), ValueError, r"\(8, 9\).*patch_size=2"),
-    "vit: alibi": (lambda: vit("alibi")(torch.ones(1, 2, 8, 8)), RuntimeError, "17"),
+    "vit: alibi": (lambda: vit("alibi")(torch.ones(1, 2, 8, 8)), ValueError, "16, .*17"),
 }
 
 
