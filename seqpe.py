@@ -14,8 +14,8 @@ that the model never met in training, and two extra losses keep those in order. 
     6. The model                GPT, in the manner of nanoGPT
 
 What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, except that its dropout is 0;
-the paper trains with 0.1. Functions that have an argument `paper` do ours by default, and with paper=True the
-paper's, but for what is marked "ours, always:".
+the paper trains with 0.1. Where a function has an argument `paper`, False is ours and True the paper's, but
+for what is marked "ours, always:".
 
 The file needs only torch; the README shows how to use it in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
@@ -58,7 +58,7 @@ def window(shape):
 class Signal(NamedTuple):
     """What a position encoding tells one layer. The fields are applied in this order; None does nothing.
 
-    The 2 is (queries, keys), in rotate (cos, sin). B is left out where sequences share positions; H may be 1.
+    The 2 is queries, keys; in rotate cos, sin. B is left out where sequences share positions; H may be 1.
     """
     input: Optional[torch.Tensor] = None    # (B, T, C)          x_i + input_i
     mul: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
@@ -79,7 +79,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
 
     q: (B, H, T, D), eq: (..., H, T, E/H). k, v, ek: the same, with S for T; k and v perhaps of fewer heads
     (grouped queries). mask: (..., T, S), numbers to add to the logits, or booleans or integers, 0: not seen.
-    causal: queries are those of the last T keys, as with a KV cache; none sees a later one. -> (B, H, T, D)
+    causal: queries stand at the last T of S places, as with a KV cache, and see no later key. -> (B, H, T, D)
     """
     D, V, T, S = q.size(-1), v.size(-1), q.size(-2), k.size(-2)
     if q.size(1) != k.size(1):      # eq . ek differs from head to head, so each gets keys of its own
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: form of GELU, GPT-2's "tanh" in the encoder. ours: GPT and ViT have the faster exact one.
+    approximate: form of GELU, GPT-2's "tanh" in the encoder. ours: GPT and ViT have the exact one.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -170,7 +170,7 @@ class SeqPE(nn.Module):
     n_head: heads of the encoder and of the attention that uses e_p; ours: one number for both. n_dim:
     coordinates of a position, each from 0 to below max_position, in as many digits as that takes in `base`.
     max_position: choose little more than your longest input, as the losses have to order every position below
-    it. width: the encoder's, else n_embd; 64 to 96 is plenty. head_norm: the length of e_p in each head.
+    it. width: of the encoder; None: n_embd. 64 to 96 is plenty. head_norm: the length of e_p in each head.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
@@ -186,7 +186,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_dim * n_digits, width)                      # at which of the K places
-        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # of which coordinate, once more
+        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # coordinate (place has it)
         self.cls = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, n_head, True, dropout, "tanh") for _ in range(n_layer))
         self.ln = nn.LayerNorm(width)
@@ -237,7 +237,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
     j runs over c and the others, except copies of i or c and (ours, always:) those exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
-    group is the pivot, and e is compared whole. ours: each is the pivot once, and heads are compared apart.
+    group is its pivot, and e is compared whole. ours: all are, in turn, and each head is compared apart.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -254,15 +254,15 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways (in brackets the authors' code for text):  paper       ours
-        plain    from all positions                                               0.5 (0)     0.2 of groups
-        hard     plain, but a fifth (a quarter) are written much like the pivot,
-                 and are farther from it than the nearest plain one               0.3 (0.4)   0
+    Candidates are drawn in three ways, with these shares of groups:              paper       ours
+        plain    from all positions                                               0.5 (0)     0.2
+        hard     plain, but a fifth (there a quarter) are written much like the
+                 pivot, and are farther from it than the nearest plain one        0.3 (0.4)   0
         window   from a short window: close numbers must be told apart            0.2 (0.6)   0.8
 
-    The paper's window is a box of 256 or 16 x 16 positions (in its code 17 x 17), mostly far from the pivot.
-    ours: around the pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of
-    2,048 the nearest is 32 away on average. ours, always: a position may be drawn twice.
+    In brackets: the authors' code for text. The paper's window is a box of 256 or 16 x 16 positions (its
+    code: 17 x 17), mostly far from the pivot. ours: around the pivot, and mostly small. Plain candidates
+    hardly teach a distance of 1: of 32 out of 2,048 the nearest is 32 away. ours, always: with repetition.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -271,7 +271,7 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
     if paper:
         size = min(round(256 ** (1 / n_dim)), max_position)
         start = (torch.rand(n_groups, 1, n_dim, **kwargs) * (max_position - size + 1)).long()
-    else:       # 4 to all positions; the small sizes are the likeliest
+    else:       # size 4 to max_position, the small ones likeliest
         smallest = min(4, max_position)
         size = (smallest * (max_position / smallest) ** torch.rand(n_groups, 1, 1, **kwargs).square()).long()
         start = pivots - (torch.rand(n_groups, 1, n_dim, **kwargs) * size).long()
@@ -311,7 +311,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
     for i in range(3):
         kind, at, other = draw(4), 1 + draw(K), 1 + draw(K)
         different = (digits.gather(-1, at - 1) + 1 + draw(base - 1)) % base
-        # Indices of 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. At 3, with K = 5:
+        # Indices: 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. If at = 3, K = 5:
         symbols = F.pad(torch.cat([digits, draw(base), different], dim=-1), (1, 0))
         picks = torch.stack([torch.where(here == at, K + 1, here + (here < at)),        # insert: 2 3 6 4 5
                              here - (here <= at).long(),                                # delete: 0 1 2 4 5
@@ -329,7 +329,7 @@ def distillation_loss(e_teacher, e_students, n_head):
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. ours: the sum over j; the authors' code, like position_regularizers' paper=True, has the mean.
+    heads, too. The sum over j is ours; the authors' code, and paper=True below, have the mean.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -344,10 +344,10 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     shape: the training window, (T,) or (h, w). Both weights are the paper's. ours, always: students lie
-    anywhere, and m places of the window are drawn for all. The paper draws m for each student, and puts
-    students beyond the teacher (images), or at T / 4 or later (text). n_groups is for ours.
+    anywhere, and all share one draw of m places. The paper draws for each student, and puts students beyond
+    the teacher (images), or at T / 4 or later (text). n_groups is for ours.
     """
-    # Groups and their candidates, students and their places: ours, the paper's for text, and for images.
+    # n_groups, n_candidates, n_students, m. ours; the paper's for text; the paper's for images:
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     n_groups, n_candidates, n_students, m = sizes
     device = encoder.cls.device
@@ -397,7 +397,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), device=device)
                            for size in shape], dim=-1)                      # (n_windows, max_pieces, n_dim)
-    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused ones last: no cut before
+    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused last: their cut is inf
     cuts = torch.rand(n_windows, max_pieces - 1, len(shape), dtype=torch.float32, device=device)
     cuts = (cuts * torch.tensor(shape, device=device)).masked_fill(unused[:, 1:], math.inf).unsqueeze(1)
     piece = (places.unsqueeze(1) >= cuts).sum(2)            # cuts before each place: (n_windows, T, n_dim)
@@ -408,15 +408,15 @@ def count_bias(positions):
     """ours: how much the keys of torn windows count: positions (B, T, 1) -> (B, 1, T, T), a mask for attend.
 
     A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries
-    behind the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
-    softmax). Otherwise heads that look far meet only T keys in training, and drown among thousands later. But
-    one key that a head searches for would count more than in a real long text: so only a random part of it is
-    added, 0 to 1 for each window. Where positions fall, a new text begins (packed documents), without a gap.
+    after the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
+    softmax). Without it, heads that look far meet only T keys in training, and drown among thousands later.
+    But one key that a head searches for would count more than in a real long text: so only a random share of
+    the log is added, 0 to 1 for each window. Where positions fall, a new text begins (packed documents).
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
         raise ValueError(f"count_bias is for windows of text, (B, T, 1), not for {tuple(positions.shape)}")
     step = positions.squeeze(-1).diff()                                                 # (B, T - 1)
-    gap = F.pad((step - 1).clamp(min=0), (0, 1))                    # (B, T): positions left out behind each
+    gap = F.pad((step - 1).clamp(min=0), (0, 1))                    # (B, T): positions skipped after each
     piece = F.pad(step != 1, (1, 0)).cumsum(-1)                     # (B, T): the number of its piece
     same = piece.unsqueeze(-1) == piece.unsqueeze(-2)                                   # (B, T, T)
     count = 1 + (same * gap.unsqueeze(-2)).sum(-1).float() / same.sum(-1)               # (B, T): 1000 / 32
@@ -424,7 +424,7 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step. ours: 4 of 8 windows move. The paper's: in a tenth of the steps all 16 do, without L_OOD.
+# A training step. ours: 4 of 8 windows move. The paper: a tenth of its steps move all 16, without L_OOD.
 #     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
 #     which = (torch.arange(B) * 8 + torch.randint(8, ())) // B       # the window of each of B sequences
@@ -495,7 +495,7 @@ class RoPE(PositionEncoding):
             raise ValueError(f"rope needs n_embd / n_head={self.head_dim} divisible by {2 * self.n_dim}")
 
     def frequency(self, device):
-        """(1, 1, n_dim, D/2), in a subclass (n_layer, H, ...); float32, as angles need it in any model."""
+        """(1, 1, n_dim, D/2), in train_vit.py's RoPEMixed (n_layer, H, ...); in float32, as angles need."""
         n_pairs, theta = self.head_dim // 2 // self.n_dim, 10000.0 if self.n_dim == 1 else 100.0
         of_one = theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
         return torch.block_diag(*[of_one[None]] * self.n_dim)[None, None]
@@ -534,7 +534,7 @@ class EmbeddingPE(PositionEncoding):
         add     q_i + eq_i and k_j + ek_j, a W for each layer
 
     with [eq, ek] = W e. The paper has scalar for text and mul for images; W starts at N(0, 0.02). ours: with
-    diagonal_maps W starts as the identity for mul, else such that with scalar eq_i . ek_j / sqrt(D) is gain *
+    diagonal_maps W starts as the identity for mul; else so that scalar's eq_i . ek_j / sqrt(D) is gain *
     e_i . e_j, which L_delta has made fall with distance. The gain is 1 in the first head and 1/64 in the last
     of four, so some begin by looking nearby, some everywhere.
     """
@@ -554,7 +554,7 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token has no place in the grid: its vector is learned. ours: with head_norm as large.
+        # A class token has no place in the grid: its vector is learned. ours: of std 1 with head_norm.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
