@@ -779,11 +779,11 @@ def test_a_training_step_compiles_whole():
 
 
 ERRORS = {
-    "float positions": (lambda: SeqPE(8)(torch.ones(3, 1)), RuntimeError, "type"),
     "last dimension": (lambda: SeqPE(8, n_dim=2)(torch.zeros(4, 3).long()), ValueError, r"n_dim=2.*\(4, 3\)"),
     "too many positions": (lambda: SeqPE(8, max_position=2 ** 30 + 1), ValueError, r"2\*\*30"),
     "base": (lambda: SeqPE(8, base=1), ValueError, "SeqPE"),
     "gpt: past the limit": (lambda: gpt()(tokens(1, 1001)), ValueError, "1000 .*0 to 999.*a larger max_"),
+    "gpt: rope_mixed": (lambda: gpt("rope_mixed"), ValueError, "rope_mixed is for images"),
     "window too long": (lambda: place_windows((9,), 8, 8), ValueError, r"\(9,\) .*max_position=8"),
     "ek of one key": (lambda: attend(*randn(5, 1, 2, 7, 4)[:4], randn(2, 1, 4)), ValueError, "7, 1 .*7, 7"),
     "vit: image": (lambda: vit()(torch.zeros(1, 2, 8, 9)), ValueError, r"\(8, 9\).*patch_size=2"),

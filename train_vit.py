@@ -32,6 +32,8 @@ class RoPEMixed(RoPE):
 
     def __init__(self, config, shape, class_token=False):
         super().__init__(config, shape, class_token)
+        if self.n_dim != 2:
+            raise ValueError("rope_mixed is for images, whose positions have two coordinates")
         # Each half of the pairs looks along an axis, the two at right angles, at random in each head.
         angle = 2 * math.pi * torch.rand(config.n_layer, config.n_head, 1)
         angle = angle + torch.tensor([0, math.pi / 2])
