@@ -8,14 +8,14 @@ that the model never met in training, and two extra losses keep those in order. 
     2. The transformer block    Signal, attend, Attention, Block: the same for encoder, GPT and ViT
     3. The sequential encoder   SeqPE: digits -> e_p
     4. The two extra losses     L_delta: contrastive_loss, sample_groups, sample_hard_negatives; L_OOD:
-                                distillation_loss; both: position_regularizers, pretrain_encoder; then
-                                start shifting: place_windows, count_bias
+                                distillation_loss; both: position_regularizers, pretrain_encoder;
+                                "start shifting" of positions in training: place_windows, count_bias
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. The model                GPT, in the manner of nanoGPT
 
-What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, except that its dropout is 0;
-the paper trains with 0.1. Where a function has an argument `paper`, False is ours and True the paper's, but
-for what is marked "ours, always:".
+What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, but for these marks and its
+dropout of 0 (the paper: 0.1). A function with an argument `paper` is the paper's where that is True, else
+ours; what is marked "ours, always:" is so in both.
 
 The file needs only torch; the README shows how to use it in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
@@ -37,7 +37,7 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)
-    # A number that is too long keeps a leading digit of `base` or more, for which SeqPE has no row.
+    # The first digit is not wrapped: a number too long must fail in SeqPE's table, not turn small.
     digits[..., 1:] %= base
     return digits.flatten(-2)
 
@@ -58,7 +58,7 @@ def window(shape):
 class Signal(NamedTuple):
     """What a position encoding tells one layer. The fields are applied in this order; None does nothing.
 
-    The 2 is queries, keys; in rotate cos, sin. B is left out where sequences share positions; H may be 1.
+    Dimension -4: queries, keys; in rotate cos, sin. B is left out if sequences share positions; H may be 1.
     """
     input: Optional[torch.Tensor] = None    # (B, T, C)          x_i + input_i
     mul: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
@@ -186,7 +186,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_dim * n_digits, width)                      # at which of the K places
-        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # coordinate (place has it)
+        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # place tells it, too
         self.cls = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, n_head, True, dropout, "tanh") for _ in range(n_layer))
         self.ln = nn.LayerNorm(width)
@@ -201,7 +201,7 @@ class SeqPE(nn.Module):
     def forward(self, positions):
         """positions: (..., n_dim) integers -> e_p: (..., n_embd). ValueError for what is no position.
 
-        Values are looked at on a CPU alone (a GPU would be waited for), and not while torch compiles.
+        The range is checked on a CPU alone (a GPU would be waited for), and not while torch compiles.
         """
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
@@ -237,7 +237,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
     j runs over c and the others, except copies of i or c and (ours, always:) those exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
-    group is its pivot, and e is compared whole. ours: all are, in turn, and each head is compared apart.
+    group is its pivot, and e is compared whole. ours: each position is, in turn, and each head by itself.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -254,15 +254,15 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways, with these shares of groups:              paper       ours
-        plain    from all positions                                               0.5 (0)     0.2
-        hard     plain, but a fifth (there a quarter) are written much like the
-                 pivot, and are farther from it than the nearest plain one        0.3 (0.4)   0
-        window   from a short window: close numbers must be told apart            0.2 (0.6)   0.8
+    Candidates are drawn in three ways. Shares of groups (in brackets: the authors' code for text):
+        plain    from all positions                                        paper 0.5 (0)     ours 0.2
+        hard     plain, but a fifth (a quarter) are written much like the
+                 pivot, and are farther than the nearest plain one         paper 0.3 (0.4)   ours 0
+        window   from a short window: close numbers must be told apart     paper 0.2 (0.6)   ours 0.8
 
-    In brackets: the authors' code for text. The paper's window is a box of 256 or 16 x 16 positions (its
-    code: 17 x 17), mostly far from the pivot. ours: around the pivot, and mostly small. Plain candidates
-    hardly teach a distance of 1: of 32 out of 2,048 the nearest is 32 away. ours, always: with repetition.
+    The paper's window is a box of 256 or 16 x 16 positions (its code: 17 x 17), mostly far from the pivot.
+    ours: around the pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of
+    2,048 the nearest is 32 away on average. ours, always: repeats allowed.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -297,7 +297,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         insert a digit, 3   6 7 3 8 9   the leading one drops out     |   swap with any other   5 7 6 8 9
         delete the digit    0 5 6 8 9   a zero moves in at the front  |   another digit, 3      5 6 3 8 9
 
-    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are one row. ours, always: zeros in
+    (P, n_dim) -> (P, n_negatives, n_dim). Edits run across the coordinates. ours, always: zeros in
     front are edited, too, and an edit may do nothing or pass the limit; the paper draws such an edit again.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
@@ -311,7 +311,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
     for i in range(3):
         kind, at, other = draw(4), 1 + draw(K), 1 + draw(K)
         different = (digits.gather(-1, at - 1) + 1 + draw(base - 1)) % base
-        # Indices: 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. If at = 3, K = 5:
+        # Picks: 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. At 3 of K = 5:
         symbols = F.pad(torch.cat([digits, draw(base), different], dim=-1), (1, 0))
         picks = torch.stack([torch.where(here == at, K + 1, here + (here < at)),        # insert: 2 3 6 4 5
                              here - (here <= at).long(),                                # delete: 0 1 2 4 5
@@ -323,13 +323,13 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
 
 
 def distillation_loss(e_teacher, e_students, n_head):
-    """L_OOD: a window far away gets the inner geometry of the training window, which is its teacher.
+    """L_OOD: a window far away (student) gets the inner geometry of the training window (teacher).
 
         t_ij = softmax over j of e_i . e_j  for the teacher's positions, s_ij for a student's, i and j in 1..m
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. The sum over j is ours; the authors' code, and paper=True below, have the mean.
+    heads, too. ours: the sum over j. The authors' code has the mean, hence the / m in position_regularizers.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -344,8 +344,8 @@ def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight
     """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     shape: the training window, (T,) or (h, w). Both weights are the paper's. ours, always: students lie
-    anywhere, and all share one draw of m places. The paper draws for each student, and puts students beyond
-    the teacher (images), or at T / 4 or later (text). n_groups is for ours.
+    anywhere, and one draw of m of the T positions serves all. The paper draws for each student, and puts
+    students beyond the teacher (images), or at T / 4 or later (text). With paper n_groups is not used.
     """
     # n_groups, n_candidates, n_students, m. ours; the paper's for text; the paper's for images:
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
@@ -397,7 +397,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), device=device)
                            for size in shape], dim=-1)                      # (n_windows, max_pieces, n_dim)
-    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused last: their cut is inf
+    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused last, never reached
     cuts = torch.rand(n_windows, max_pieces - 1, len(shape), dtype=torch.float32, device=device)
     cuts = (cuts * torch.tensor(shape, device=device)).masked_fill(unused[:, 1:], math.inf).unsqueeze(1)
     piece = (places.unsqueeze(1) >= cuts).sum(2)            # cuts before each place: (n_windows, T, n_dim)
@@ -411,7 +411,7 @@ def count_bias(positions):
     after the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
     softmax). Without it, heads that look far meet only T keys in training, and drown among thousands later.
     But one key that a head searches for would count more than in a real long text: so only a random share of
-    the log is added, 0 to 1 for each window. Where positions fall, a new text begins (packed documents).
+    the log is added, 0 to 1 for each window. Where positions fall, a new text begins: mask earlier ones.
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
         raise ValueError(f"count_bias is for windows of text, (B, T, 1), not for {tuple(positions.shape)}")
@@ -424,10 +424,10 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step. ours: 4 of 8 windows move. The paper: a tenth of its steps move all 16, without L_OOD.
+# A training step. ours: 4 of 8 windows move. The paper's: all 16 in a tenth of the steps, then without L_OOD.
 #     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
 #     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
-#     which = (torch.arange(B) * 8 + torch.randint(8, ())) // B       # the window of each of B sequences
+#     which = (torch.arange(B) * 8 + torch.randint(8, ())) // B       # spread evenly over B sequences
 #     e = encoder(windows)                                # section 5 makes eq and ek of it
 #     loss = model's loss, with eq[which], ek[which], count_bias(windows)[which] in every layer's attend()
 #            + position_regularizers(encoder, (128,))
@@ -453,12 +453,12 @@ class TransformerConfig:
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    block_size: int = 128       # the training length, in tokens; no limit of the model
+    block_size: int = 128       # the training length, in tokens; a limit for learned alone
     vocab_size: int = 256
 
 
 class PositionEncoding(nn.Module):
-    """positions (T, n_dim) or (B, T, n_dim) -> a list of n_layer Signals. This one is nope: it says nothing.
+    """positions (T, n_dim) or (B, T, n_dim) -> a list of n_layer Signals. This one is nope: no encoding.
 
     shape: the training window's. class_token: the model has one, which gets a row of its own in front.
     which: (B,), for B sequences that share windows: sequence b has positions[which[b]].
@@ -495,7 +495,7 @@ class RoPE(PositionEncoding):
             raise ValueError(f"rope needs n_embd / n_head={self.head_dim} divisible by {2 * self.n_dim}")
 
     def frequency(self, device):
-        """(1, 1, n_dim, D/2), in train_vit.py's RoPEMixed (n_layer, H, ...); in float32, as angles need."""
+        """(1, 1, n_dim, D/2); a subclass may give (n_layer, H, ...). In float32, as angles need it."""
         n_pairs, theta = self.head_dim // 2 // self.n_dim, 10000.0 if self.n_dim == 1 else 100.0
         of_one = theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
         return torch.block_diag(*[of_one[None]] * self.n_dim)[None, None]
@@ -534,7 +534,7 @@ class EmbeddingPE(PositionEncoding):
         add     q_i + eq_i and k_j + ek_j, a W for each layer
 
     with [eq, ek] = W e. The paper has scalar for text and mul for images; W starts at N(0, 0.02). ours: with
-    diagonal_maps W starts as the identity for mul; else so that scalar's eq_i . ek_j / sqrt(D) is gain *
+    diagonal_maps W starts as the identity for mul; for the others so that eq_i . ek_j / sqrt(D) is gain *
     e_i . e_j, which L_delta has made fall with distance. The gain is 1 in the first head and 1/64 in the last
     of four, so some begin by looking nearby, some everywhere.
     """
@@ -620,13 +620,13 @@ class Transformer(nn.Module):
         for block in self.blocks:       # GPT-2: the residual stream's variance does not grow with depth
             for layer in (block.attn.proj, block.mlp[2]):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.pe = ENCODINGS[config.pe](config, shape, class_token=not causal)       # has a start of its own
+        self.pe = ENCODINGS[config.pe](config, shape, class_token=not causal)       # initialises itself
 
     def transform(self, x, signals):
         """Token embeddings x (B, T, C) through all the blocks, with a Signal for each."""
         for block, signal in zip(self.blocks, signals, strict=True):
             B, T, _ = x.shape
-            x = block(x, signal)
+            x = block(x, signal)        # signals of another size may broadcast
             if x.size(0) != B or any(t is not None and t.size(-2) != T for t in signal):
                 raise ValueError(f"the signals are not of the positions of {B} sequences of {T} tokens")
         return self.ln(x)
