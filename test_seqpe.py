@@ -710,7 +710,7 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])
-@pytest.mark.parametrize("make, encoding", [(gpt, each) for each in TEXT] + [(vit, each) for each in IMAGE])
+@pytest.mark.parametrize("make, encoding", [*((gpt, e) for e in TEXT), *((vit, e) for e in IMAGE[::2])])
 def test_models_on_a_device(reads, make, encoding, where):
     """With positions on the host, as the code makes them, the host never waits for a value of the device."""
     with torch.device("meta"):
@@ -1004,7 +1004,7 @@ def test_arguments_come_before_recipes_and_those_before_defaults(script, monkeyp
             assert re.search(rf"^  --{name.replace('_', '-')} \S+\s+.*\({value}\)$", printed, re.M), name
 
 
-@pytest.mark.parametrize("more", ["--recipe paper", "--pe-dropout 0.5", "--pieces 4", "--paper-groups 1"])
+@pytest.mark.parametrize("more", ["--recipe paper", "--pe-dropout 0.5"])
 def test_any_recipe_is_trained_and_scored_without_dropout(script, data, tmp_path, monkeypatch, capsys, more):
     """--resume shows a finished run again, the very same numbers, and does not train."""
     arguments = script, data, tmp_path / "out", f"--shift-prob 1 --steps 10 --resume {more}"
@@ -1235,13 +1235,13 @@ def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, monk
     rng, n_well, options = random.Random(0), 0, {name: [0, 1, 2, 4, 8, 0.5] for name in train_lm.OPTIONS}
     options |= {"pe": TASK[script].encodings, "fusion": [*seqpe.FUSIONS], "recipe": ["ours", "paper"]}
     bad = [-1, 10 ** 12, "1" + "0" * 5000, "nan", "inf", "", " ", "x", "0x10", "\0", "٣", "²", ",", "--"]
-    for i in range(40):             # random ones end well or are one line, too
+    for i in range(30):             # random ones end well or are one line, too
         odd = []
         for name in rng.sample([*options, "seed"], 2):
             value = rng.choice(options.get(name, [7]) if rng.random() < 0.7 else bad)
             odd += ["--" + name.replace("_", "-"), str(value)]
         n_well += outcome(capsys, script, data, tmp_path / f"{i}", "--steps 2", odd=odd) is None
-    assert 5 < n_well < 30
+    assert 5 < n_well < 25
 
 
 RECORD = re.compile("@([a-z]{2})=([0-9]{3})")
