@@ -7,15 +7,14 @@ that the model never met in training, and two extra losses keep those in order. 
     1. Positions as digits      position_to_digits, digits_to_position, window
     2. The transformer block    Signal, attend, Attention, Block: the same for encoder, GPT and ViT
     3. The sequential encoder   SeqPE: digits -> e_p
-    4. The two extra losses     L_delta: contrastive_loss, sample_groups, sample_hard_negatives; L_OOD:
-                                distillation_loss; both: position_regularizers, pretrain_encoder;
-                                "start shifting" of positions in training: place_windows, count_bias
+    4. The two extra losses     L_delta and L_OOD, then both in position_regularizers; and start shifting:
+                                positions of training sequences are moved (place_windows, count_bias)
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. The model                GPT, in the manner of nanoGPT
 
-What is not the paper's is marked "ours:". SeqPE(...) is the paper's by default, but for these marks and its
-dropout of 0 (the paper: 0.1). A function with an argument `paper` is the paper's where that is True, else
-ours; what is marked "ours, always:" is so in both.
+What is not the paper's is marked "ours:". The class SeqPE is the paper's except where so marked, and for its
+dropout of 0 (the paper: 0.1). A function with an argument `paper` is ours by default. With paper=True it is
+the paper's, except where marked "ours, always:".
 
 The file needs only torch; the README shows how to use it in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
@@ -57,15 +56,14 @@ def window(shape):
 
 class Signal(NamedTuple):
     """What a position encoding tells one layer. The fields are applied in this order; None does nothing.
-
-    Dimension -4: queries, keys; in rotate cos, sin. B is left out if sequences share positions; H may be 1.
+    The 2 in a shape: queries and keys, in rotate cos and sin. B is left out if all sequences share positions.
     """
     input: Optional[torch.Tensor] = None    # (B, T, C)          x_i + input_i
     mul: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
     add: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i + add_i, k_j + add_j
     rotate: Optional[torch.Tensor] = None   # (B, 2, H, T, D/2)  q_i and k_j turned by an angle
     extend: Optional[torch.Tensor] = None   # (B, 2, H, T, E/H)  q_i . k_j + extend_i . extend_j
-    bias: Optional[torch.Tensor] = None     # (B, H, T, T)       logit_ij + bias_ij; a matrix, for short texts
+    bias: Optional[torch.Tensor] = None     # (B, H, T, T)       logit_ij + bias_ij; takes T x T memory
 
 
 def _rotate(x, cos_sin):
@@ -82,7 +80,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     causal: queries stand at the last T of S places, as with a KV cache, and see no later key. -> (B, H, T, D)
     """
     D, V, T, S = q.size(-1), v.size(-1), q.size(-2), k.size(-2)
-    if q.size(1) != k.size(1):      # eq . ek differs from head to head, so each gets keys of its own
+    if q.size(1) != k.size(1):      # ek differs from head to head: each needs keys of its own
         k, v = (each.repeat_interleave(q.size(1) // k.size(1), dim=1) for each in (k, v))
     if eq is not None:
         if (eq.size(-2), ek.size(-2)) != (T, S):
@@ -186,7 +184,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.symbol = nn.Embedding(base, width)         # which digit
         self.place = nn.Embedding(n_dim * n_digits, width)                      # at which of the K places
-        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # place tells it, too
+        self.dimension = nn.Embedding(n_dim, width) if n_dim > 1 else None    # of which coordinate
         self.cls = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, n_head, True, dropout, "tanh") for _ in range(n_layer))
         self.ln = nn.LayerNorm(width)
@@ -237,7 +235,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
     j runs over c and the others, except copies of i or c and (ours, always:) those exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
-    group is its pivot, and e is compared whole. ours: each position is, in turn, and each head by itself.
+    group is its pivot, and all of e is compared. ours: all are pivots in turn, and heads are compared apart.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -254,15 +252,15 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways. Shares of groups (in brackets: the authors' code for text):
-        plain    from all positions                                        paper 0.5 (0)     ours 0.2
-        hard     plain, but a fifth (a quarter) are written much like the
-                 pivot, and are farther than the nearest plain one         paper 0.3 (0.4)   ours 0
-        window   from a short window: close numbers must be told apart     paper 0.2 (0.6)   ours 0.8
+    Candidates are drawn in three ways, each in a share of the groups:       paper  ours   authors' text code
+        plain    from all positions                                          0.5    0.2    0
+        hard     plain, but a fifth (text code: a quarter) are decoys: like  0.3    0      0.4
+                 the pivot in digits, yet farther than the nearest plain one
+        window   from a short window: close numbers must be told apart       0.2    0.8    0.6
 
     The paper's window is a box of 256 or 16 x 16 positions (its code: 17 x 17), mostly far from the pivot.
-    ours: around the pivot, and mostly small. Plain candidates hardly teach a distance of 1: of 32 out of
-    2,048 the nearest is 32 away on average. ours, always: repeats allowed.
+    ours: around the pivot, and mostly small. Plain candidates hardly teach a distance of 1: with 32 among the
+    positions below 2,048 the nearest is about 32 away. ours, always: a position may be drawn twice.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -277,7 +275,6 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
         start = pivots - (torch.rand(n_groups, 1, n_dim, **kwargs) * size).long()
         start = start.clamp(min=0).minimum(max_position - size)
     close = (start + (torch.rand(plain.shape, **kwargs) * size).long()).clamp(max=max_position - 1)
-
     way = torch.rand(n_groups, 1, 1, **kwargs)
     if not paper:
         return torch.cat([pivots, torch.where(way < 0.2, plain, close)], dim=1)
@@ -292,84 +289,85 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
 
 
 def sample_hard_negatives(encoder, pivots, n_negatives):
-    """Positions written much like a pivot, by 1 to 3 edits of its K digits. At the third place of 5 6 7 8 9:
+    """Positions written much like a pivot: 1 to 3 edits, equally likely. At the third place of 5 6 7 8 9:
 
-        insert a digit, 3   6 7 3 8 9   the leading one drops out     |   swap with any other   5 7 6 8 9
-        delete the digit    0 5 6 8 9   a zero moves in at the front  |   another digit, 3      5 6 3 8 9
+        insert a 3           6 7 3 8 9      digits up to there move left, the first drops out
+        delete the 7         0 5 6 8 9      digits before it move right, a zero comes in front
+        swap it with the 6   5 7 6 8 9      or with any other
+        replace it by a 3    5 6 3 8 9      or by any other digit
 
-    (P, n_dim) -> (P, n_negatives, n_dim). Edits run across the coordinates. ours, always: zeros in
-    front are edited, too, and an edit may do nothing or pass the limit; the paper draws such an edit again.
+    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are edited as one row. ours, always:
+    zeros in front are edited, too; an edit may change nothing or pass the limit (the paper draws it again).
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
-    here = torch.arange(1, K + 1, device=device)
+    here = torch.arange(K, device=device)
 
     def draw(high):
         return torch.randint(high, (*digits.shape[:-1], 1), device=device)              # (P, n_negatives, 1)
 
     n_edits = 1 + draw(3)
     for i in range(3):
-        kind, at, other = draw(4), 1 + draw(K), 1 + draw(K)
-        different = (digits.gather(-1, at - 1) + 1 + draw(base - 1)) % base
-        # Picks: 0 a zero, 1 to K the digits, K + 1 any digit, K + 2 a different one. At 3 of K = 5:
-        symbols = F.pad(torch.cat([digits, draw(base), different], dim=-1), (1, 0))
-        picks = torch.stack([torch.where(here == at, K + 1, here + (here < at)),        # insert: 2 3 6 4 5
-                             here - (here <= at).long(),                                # delete: 0 1 2 4 5
-                             torch.where(here == at, other, torch.where(here == other, at, here)),
-                             torch.where(here == at, K + 2, here)])                     # another: 1 2 7 4 5
-        picks = picks.take_along_dim(kind.unsqueeze(0), dim=0).squeeze(0)               # (P, n_negatives, K)
-        digits = torch.where(i < n_edits, symbols.gather(-1, picks), digits)
+        kind, at, other = draw(4), draw(K), draw(K)
+        digit_at, digit_other = digits.gather(-1, at), digits.gather(-1, other)
+        different, any_digit = (digit_at + 1 + draw(base - 1)) % base, draw(base)
+        edited = torch.stack([          # insert, delete, swap, replace: (4, P, n_negatives, K)
+            torch.where(here == at, any_digit, torch.where(here < at, digits.roll(-1, -1), digits)),
+            torch.where(here <= at, F.pad(digits, (1, -1)), digits),
+            torch.where(here == at, digit_other, torch.where(here == other, digit_at, digits)),
+            torch.where(here == at, different, digits)])
+        edited = edited.take_along_dim(kind.unsqueeze(0), dim=0).squeeze(0)
+        digits = torch.where(i < n_edits, edited, digits)
     return digits_to_position(digits, encoder.n_digits, base)
 
 
-def distillation_loss(e_teacher, e_students, n_head):
+def distillation_loss(e_teacher, e_students, n_head, paper=False):
     """L_OOD: a window far away (student) gets the inner geometry of the training window (teacher).
 
-        t_ij = softmax over j of e_i . e_j  for the teacher's positions, s_ij for a student's, i and j in 1..m
+        t_ij = softmax over j of e_i . e_j  for m positions of the teacher, s_ij for those of a student
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
-    e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar, the mean over students and
-    heads, too. ours: the sum over j. The authors' code has the mean, hence the / m in position_regularizers.
+    e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar: a mean over students and
+    heads, too. ours: the sum over j, as in a KL. The authors' code, and so paper=True, has the mean, sum / m.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
         return F.log_softmax(e @ e.transpose(-2, -1), dim=-1)   # (..., H, m, m)
 
     teacher, students = log_rows(e_teacher.detach()), log_rows(e_students)
-    return ((teacher.exp() - students.exp()) * (teacher - students)).sum(-1).mean()
+    rows = ((teacher.exp() - students.exp()) * (teacher - students)).sum(-1)            # (S, H, m)
+    return rows.mean() / (rows.size(-1) if paper else 1)
 
 
-def position_regularizers(encoder, shape, contrastive_weight=0.1, distill_weight=0.1, n_groups=4,
-                          paper=False):
-    """contrastive_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
+def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
+    """contrast_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     shape: the training window, (T,) or (h, w). Both weights are the paper's. ours, always: students lie
     anywhere, and one draw of m of the T positions serves all. The paper draws for each student, and puts
     students beyond the teacher (images), or at T / 4 or later (text). With paper n_groups is not used.
     """
-    # n_groups, n_candidates, n_students, m. ours; the paper's for text; the paper's for images:
+    # How many of each: ours; the paper's for text; the paper's for images
     sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     n_groups, n_candidates, n_students, m = sizes
     device = encoder.cls.device
     loss = torch.zeros((), device=device)
-    if contrastive_weight:
+    if contrast_weight:
         groups = sample_groups(encoder, n_groups, n_candidates, paper)                  # (P, 1 + M, n_dim)
         e = encoder(groups)
-        loss = loss + contrastive_weight * contrastive_loss(e, groups, encoder.n_head, paper)
+        loss = loss + contrast_weight * contrastive_loss(e, groups, encoder.n_head, paper)
     if distill_weight:
         teacher = window(shape).to(device).unsqueeze(0)                                 # (1, T, n_dim)
         students = place_windows(shape, n_students, encoder.max_position, max_pieces=1, device=device)
         chosen = torch.randperm(teacher.size(1), device=device)[:m]
         e = encoder(torch.cat([teacher, students])[:, chosen])                          # (1 + S, m, E)
-        loss = loss + distill_weight / (m if paper else 1) * distillation_loss(e[0], e[1:], encoder.n_head)
+        loss = loss + distill_weight * distillation_loss(e[0], e[1:], encoder.n_head, paper)
     return loss
 
 
 def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=iter):
     """ours: order all positions before the model's first step, as a short training has no time to.
 
-    The two losses alone. L_delta has weight 1, as no model is disturbed, and four times the groups. Call it
-    before DistributedDataParallel wraps the model, or each replica's encoder differs. progress: e.g. tqdm.
+    The two losses alone; L_delta has weight 1 and four times the groups. progress: tqdm, for example.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
     for step in progress(range(steps)):
@@ -387,8 +385,8 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """Start shifting: windows at random places, for training to meet far positions -> (n_windows, T, n_dim).
 
     shape: the training window, (T,) or (h, w). The paper moves it as a whole (max_pieces=1), to one of 320
-    places drawn once. ours: drawn each time, and each axis is torn at random into 1 to max_pieces
-    pieces, for long distances in a short window (PoSE, Zhu et al. 2024): 0 1 2 3 4 becomes 17 18 19 805 806.
+    places drawn once. ours: drawn each time, and each axis is torn at random into 1 to max_pieces pieces, for
+    long distances in a short window (PoSE, Zhu et al. 2024): 0 1 2 | 3 4 becomes 17 18 19 | 805 806.
     """
     if max(shape) > max_position:
         raise ValueError(f"a window of {tuple(shape)} does not fit into max_position={max_position}")
@@ -410,8 +408,8 @@ def count_bias(positions):
     A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries
     after the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
     softmax). Without it, heads that look far meet only T keys in training, and drown among thousands later.
-    But one key that a head searches for would count more than in a real long text: so only a random share of
-    the log is added, 0 to 1 for each window. Where positions fall, a new text begins: mask earlier ones.
+    But a head that searches for one certain key would see it 31 times, and a long text holds it once: so only
+    a random share of the log is added, 0 to 1 for each window.
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
         raise ValueError(f"count_bias is for windows of text, (B, T, 1), not for {tuple(positions.shape)}")
@@ -424,13 +422,14 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step. ours: 4 of 8 windows move. The paper's: all 16 in a tenth of the steps, then without L_OOD.
-#     windows = place_windows((128,), 8, max_position)    # (8, 128, 1)
-#     windows[4:] = window((128,))                        # the plain one, 0 to 127, four times
-#     which = (torch.arange(B) * 8 + torch.randint(8, ())) // B       # spread evenly over B sequences
-#     e = encoder(windows)                                # section 5 makes eq and ek of it
-#     loss = model's loss, with eq[which], ek[which], count_bias(windows)[which] in every layer's attend()
-#            + position_regularizers(encoder, (128,))
+# A training step with GPT (section 6). ours: four of eight windows move in every step. The paper: in a random
+# tenth of the steps all 32 texts move, sharing 16 windows; these steps are without L_OOD.
+#     windows = place_windows((128,), 8, max_position)            # (8, 128, 1)
+#     windows[4:] = window((128,))                                # four stay: 0 to 127
+#     which = torch.randperm(8)[torch.arange(B) % 8]              # the B sequences share the eight evenly
+#     bias = count_bias(windows)[which]
+#     signals = [signal._replace(bias=bias) for signal in model.pe(windows, which)]           # one per layer
+#     loss = model(idx, targets, signals)[1] + position_regularizers(model.pe.encoder, (128,))
 
 
 # ---- 5. Position encodings: positions in, one Signal for each layer out -----------------------------------
@@ -443,7 +442,7 @@ class TransformerConfig:
     n_embd: int = 128
     pe: str = "seqpe"           # a key of ENCODINGS; what follows is for SeqPE alone
     fusion: str = "scalar"      # how its e_p enters the model, a key of FUSIONS
-    max_position: int = 2048    # these as SeqPE has them
+    max_position: int = 2048    # this and the next three: see SeqPE
     base: int = 10
     pe_dropout: float = 0.0
     head_norm: Optional[float] = None
@@ -482,7 +481,7 @@ class PositionEncoding(nn.Module):
         return [Signal()] * self.config.n_layer
 
     def interpolate(self, shape):
-        """The signals of another window that covers the positions of training, in larger or smaller steps."""
+        """The signals of another window, stretched over that of training; the authors' code can do this."""
         return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
@@ -506,7 +505,7 @@ class RoPE(PositionEncoding):
         # A product and a sum, not a matrix product: autocast would round the angles to 8 bits.
         angle = (positions[..., None, None, :, :, None] * frequency.unsqueeze(-3)).sum(-2)
         angle = F.pad(angle, (0, 0, int(self.class_token), 0))      # (..., n_layer or 1, H or 1, T, D/2)
-        rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)
+        rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)     # layers first
         return [Signal(rotate=layer) for layer in rotate.expand(self.config.n_layer, *rotate.shape[1:])]
 
 
@@ -533,10 +532,10 @@ class EmbeddingPE(PositionEncoding):
         mul     q_i * eq_i and k_j * ek_j, a W for each layer
         add     q_i + eq_i and k_j + ek_j, a W for each layer
 
-    with [eq, ek] = W e. The paper has scalar for text and mul for images; W starts at N(0, 0.02). ours: with
-    diagonal_maps W starts as the identity for mul; for the others so that eq_i . ek_j / sqrt(D) is gain *
-    e_i . e_j, which L_delta has made fall with distance. The gain is 1 in the first head and 1/64 in the last
-    of four, so some begin by looking nearby, some everywhere.
+    with [eq, ek] = W e + b. All four are in the authors' code; the paper has scalar for text and mul for
+    images, and W starts at N(0, 0.02). ours: with diagonal_maps W starts as the identity for mul; for the
+    others so that eq_i . ek_j / sqrt(D) is gain * e_i . e_j, which L_delta makes fall with distance. The gain
+    is 1 in the first head and 1/64 in the last of four: some begin by looking nearby, some everywhere.
     """
 
     def __init__(self, config, shape, class_token=False):
@@ -552,9 +551,10 @@ class EmbeddingPE(PositionEncoding):
         elif config.pe == "learned":
             self.max_position = max(shape)
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
-        elif C % (2 * self.n_dim):
+        elif C % (2 * self.n_dim):      # sinusoidal
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token has no place in the grid: its vector is learned. ours: of std 1 with head_norm.
+        # A class token is not in the grid: it learns a vector. ours: its std is 1 with head_norm, about that
+        # of e_p, which is 6 / sqrt(24 channels) = 1.2 in train_vit.py.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
