@@ -12,9 +12,9 @@ that the model never met in training, and two extra losses keep those in order. 
     5. Position encodings       seqpe and what it is compared with, behind one small interface
     6. The model                GPT, in the manner of nanoGPT
 
-What is not the paper's is marked "ours:". The class SeqPE is the paper's except where so marked, and for its
-dropout of 0 (the paper: 0.1). A function with an argument `paper` is ours by default. With paper=True it is
-the paper's, except where marked "ours, always:".
+"The paper's" is what the authors' released code computes. What departs from it is marked "ours:" (and SeqPE's
+dropout is 0 by default, the paper's 0.1). A function with an argument `paper` is ours by default; paper=True
+makes it the paper's, except what is marked "ours, always:".
 
 The file needs only torch; the README shows how to use it in another model.
 Shapes: B sequences of T positions, C the model's width, H heads of D = C / H channels, E the size of e_p.
@@ -56,7 +56,7 @@ def window(shape):
 
 class Signal(NamedTuple):
     """What a position encoding tells one layer. The fields are applied in this order; None does nothing.
-    The 2 in a shape: queries and keys, in rotate cos and sin. B is left out if all sequences share positions.
+    The 2 is (queries, keys), but in rotate (cos, sin). B is left out if all sequences share positions.
     """
     input: Optional[torch.Tensor] = None    # (B, T, C)          x_i + input_i
     mul: Optional[torch.Tensor] = None      # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
@@ -94,7 +94,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     if causal and (mask is not None or T != S):
         future = torch.full((T, S), -math.inf, device=q.device).triu(1 + S - T)
         mask, causal = future if mask is None else mask.to(q.device) + future, False
-    # The scale stays that of the content: what is appended to q and k does not make its logits smaller.
+    # Divided by sqrt(D), not by the root of the concatenated width: the content's logits stay what they were.
     y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.type_as(q), is_causal=causal,
                                        scale=D ** -0.5)
     return y[..., :V]
@@ -233,7 +233,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
         L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
 
-    j runs over c and the others, except copies of i or c and (ours, always:) those exactly as near as c.
+    j runs over the group; left out are i, copies of i or c and (ours, always:) others exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
     group is its pivot, and all of e is compared. ours: all are pivots in turn, and heads are compared apart.
     """
@@ -252,15 +252,15 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways, each in a share of the groups:       paper  ours   authors' text code
-        plain    from all positions                                          0.5    0.2    0
-        hard     plain, but a fifth (text code: a quarter) are decoys: like  0.3    0      0.4
-                 the pivot in digits, yet farther than the nearest plain one
-        window   from a short window: close numbers must be told apart       0.2    0.8    0.6
+    Candidates are drawn in three ways, each in a share of the groups:       paper  ours  (paper, text)
+        plain    from all positions                                          0.5    0.2   (0)
+        hard     plain, but for a fifth (text: a quarter), which are decoys  0.3    0     (0.4)
+        window   from a short window: close numbers must be told apart       0.2    0.8   (0.6)
 
-    The paper's window is a box of 256 or 16 x 16 positions (its code: 17 x 17), mostly far from the pivot.
-    ours: around the pivot, and mostly small. Plain candidates hardly teach a distance of 1: with 32 among the
-    positions below 2,048 the nearest is about 32 away. ours, always: a position may be drawn twice.
+    A decoy is written much like the pivot, but is farther away than the nearest plain candidate. The paper's
+    window is a box of 256 or 17 x 17 positions, mostly far from the pivot. ours: around the pivot and mostly
+    small, as plain candidates hardly teach a distance of 1: with 32 below 2,048 the nearest is about 32 away.
+    ours, always: text has the first column, too; 16 x 16; the same position may be drawn twice.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -322,13 +322,13 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
 
 
 def distillation_loss(e_teacher, e_students, n_head, paper=False):
-    """L_OOD: a window far away (student) gets the inner geometry of the training window (teacher).
+    """L_OOD: a window elsewhere (student) gets the inner geometry of the training window (teacher).
 
         t_ij = softmax over j of e_i . e_j  for m positions of the teacher, s_ij for those of a student
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar: a mean over students and
-    heads, too. ours: the sum over j, as in a KL. The authors' code, and so paper=True, has the mean, sum / m.
+    heads, too, as in the paper. ours: the sum over j, as in a KL. The paper has the mean, that is sum_j / m.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -342,13 +342,13 @@ def distillation_loss(e_teacher, e_students, n_head, paper=False):
 def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
     """contrast_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
-    shape: the training window, (T,) or (h, w). Both weights are the paper's. ours, always: students lie
-    anywhere, and one draw of m of the T positions serves all. The paper draws for each student, and puts
-    students beyond the teacher (images), or at T / 4 or later (text). With paper n_groups is not used.
+    shape: the training window, (T,) or (h, w). Both weights are the paper's; n_groups is ours alone. ours,
+    always: students lie anywhere, and all are compared at the same m of their T positions, drawn at random.
+    The paper draws anew for each student, and has students at T / 4 or later (images: beyond the teacher).
     """
-    # How many of each: ours; the paper's for text; the paper's for images
-    sizes = (n_groups, 32, 4, 32) if not paper else (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
-    n_groups, n_candidates, n_students, m = sizes
+    n_candidates, n_students, m = 32, 4, 32
+    if paper:
+        n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     device = encoder.cls.device
     loss = torch.zeros((), device=device)
     if contrast_weight:
@@ -395,7 +395,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), device=device)
                            for size in shape], dim=-1)                      # (n_windows, max_pieces, n_dim)
-    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused last, never reached
+    offsets = offsets.masked_fill(unused, max_position).sort(1).values  # unused last
     cuts = torch.rand(n_windows, max_pieces - 1, len(shape), dtype=torch.float32, device=device)
     cuts = (cuts * torch.tensor(shape, device=device)).masked_fill(unused[:, 1:], math.inf).unsqueeze(1)
     piece = (places.unsqueeze(1) >= cuts).sum(2)            # cuts before each place: (n_windows, T, n_dim)
@@ -408,8 +408,8 @@ def count_bias(positions):
     A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries
     after the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
     softmax). Without it, heads that look far meet only T keys in training, and drown among thousands later.
-    But a head that searches for one certain key would see it 31 times, and a long text holds it once: so only
-    a random share of the log is added, 0 to 1 for each window.
+    But where one certain key is wanted, it would be seen 31 times, and a long text holds it once: so only a
+    random share of the log is added, 0 to 1 for each window.
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
         raise ValueError(f"count_bias is for windows of text, (B, T, 1), not for {tuple(positions.shape)}")
@@ -422,8 +422,8 @@ def count_bias(positions):
     return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
 
 
-# A training step with GPT (section 6). ours: four of eight windows move in every step. The paper: in a random
-# tenth of the steps all 32 texts move, sharing 16 windows; these steps are without L_OOD.
+# A training step, with GPT (sections 5 and 6). ours: four of eight windows move. The paper: in a random
+# tenth of the steps all 32 texts move, sharing 16 of the 320 windows; these steps are without L_OOD.
 #     windows = place_windows((128,), 8, max_position)            # (8, 128, 1)
 #     windows[4:] = window((128,))                                # four stay: 0 to 127
 #     which = torch.randperm(8)[torch.arange(B) % 8]              # the B sequences share the eight evenly
@@ -459,7 +459,7 @@ class GPTConfig(TransformerConfig):
 class PositionEncoding(nn.Module):
     """positions (T, n_dim) or (B, T, n_dim) -> a list of n_layer Signals. This one is nope: no encoding.
 
-    shape: the training window's. class_token: the model has one, which gets a row of its own in front.
+    shape: the training window's. class_token: signals have a row for it, in front.
     which: (B,), for B sequences that share windows: sequence b has positions[which[b]].
     """
 
@@ -497,7 +497,7 @@ class RoPE(PositionEncoding):
         """(1, 1, n_dim, D/2); a subclass may give (n_layer, H, ...). In float32, as angles need it."""
         n_pairs, theta = self.head_dim // 2 // self.n_dim, 10000.0 if self.n_dim == 1 else 100.0
         of_one = theta ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
-        return torch.block_diag(*[of_one[None]] * self.n_dim)[None, None]
+        return torch.block_diag(*(self.n_dim * [of_one[None]]))[None, None]
 
     def signals(self, positions):
         frequency = self.frequency(positions.device)
@@ -505,7 +505,7 @@ class RoPE(PositionEncoding):
         # A product and a sum, not a matrix product: autocast would round the angles to 8 bits.
         angle = (positions[..., None, None, :, :, None] * frequency.unsqueeze(-3)).sum(-2)
         angle = F.pad(angle, (0, 0, int(self.class_token), 0))      # (..., n_layer or 1, H or 1, T, D/2)
-        rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)     # layers first
+        rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)  # (layers, ..., T, D/2)
         return [Signal(rotate=layer) for layer in rotate.expand(self.config.n_layer, *rotate.shape[1:])]
 
 
@@ -532,7 +532,7 @@ class EmbeddingPE(PositionEncoding):
         mul     q_i * eq_i and k_j * ek_j, a W for each layer
         add     q_i + eq_i and k_j + ek_j, a W for each layer
 
-    with [eq, ek] = W e + b. All four are in the authors' code; the paper has scalar for text and mul for
+    with [eq, ek] = W e + b. All four are in the authors' code, which has scalar for text and mul for
     images, and W starts at N(0, 0.02). ours: with diagonal_maps W starts as the identity for mul; for the
     others so that eq_i . ek_j / sqrt(D) is gain * e_i . e_j, which L_delta makes fall with distance. The gain
     is 1 in the first head and 1/64 in the last of four: some begin by looking nearby, some everywhere.
@@ -543,7 +543,7 @@ class EmbeddingPE(PositionEncoding):
         C, n_head, n_layer, is_seqpe = config.n_embd, config.n_head, config.n_layer, config.pe == "seqpe"
         self.fusion = config.fusion if is_seqpe else "input"
         # ours: with pe_embd e_p is narrower than C, as attention pays for each of its channels.
-        size = self.fusion == "scalar" and config.pe_embd or C
+        size = (config.pe_embd or C) if self.fusion == "scalar" else C
         if is_seqpe:
             self.max_position = config.max_position
             self.encoder = SeqPE(size, n_head, n_dim=self.n_dim, base=config.base, dropout=config.pe_dropout,
@@ -553,8 +553,8 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):      # sinusoidal
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token is not in the grid: it learns a vector. ours: its std is 1 with head_norm, about that
-        # of e_p, which is 6 / sqrt(24 channels) = 1.2 in train_vit.py.
+        # A class token is not in the grid: it learns a vector. ours: its std is 1 with head_norm, near that
+        # of e_p, which is head_norm / sqrt(E/H), 1.2 in train_vit.py.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
@@ -626,7 +626,7 @@ class Transformer(nn.Module):
         """Token embeddings x (B, T, C) through all the blocks, with a Signal for each."""
         for block, signal in zip(self.blocks, signals, strict=True):
             B, T, _ = x.shape
-            x = block(x, signal)        # signals of another size may broadcast
+            x = block(x, signal)        # may broadcast a signal that does not fit, without a word
             if x.size(0) != B or any(t is not None and t.size(-2) != T for t in signal):
                 raise ValueError(f"the signals are not of the positions of {B} sequences of {T} tokens")
         return self.ln(x)
