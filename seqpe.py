@@ -22,6 +22,7 @@ Shapes: B sequences of T positions, C the model's width, H heads of D = C / H ch
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -85,7 +86,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     if eq is not None:
         if (eq.size(-2), ek.size(-2)) != (T, S):
             raise ValueError(f"eq, ek: {eq.size(-2)}, {ek.size(-2)} positions, but q, k have {T}, {S}")
-        # The sum of two dot products is that of concatenated vectors: no (T, S) matrix is ever built.
+        # The sum of two dot products is that of concatenated vectors: it needs no (T, S) matrix.
         q = torch.cat([q, eq.expand(*q.shape[:-1], -1).type_as(q)], dim=-1)            # (B, H, T, D + E/H)
         k = torch.cat([k, ek.expand(*k.shape[:-1], -1).type_as(k)], dim=-1)
         v = F.pad(v, (0, max(0, k.size(-1) - V)))           # the fused CPU kernel wants v as wide as q and k
@@ -131,7 +132,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: form of GELU, GPT-2's "tanh" in the encoder. ours: GPT and ViT have the exact one.
+    approximate: form of GELU, GPT-2's "tanh" in the encoder. ours: GPT has the exact one, as ViT has.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -165,10 +166,10 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size n_embd.
 
-    n_head: heads of the encoder and of the attention that uses e_p; ours: one number for both. n_dim:
-    coordinates of a position, each from 0 to below max_position, in as many digits as that takes in `base`.
-    max_position: choose little more than your longest input, as the losses have to order every position below
-    it. width: of the encoder; None: n_embd. 64 to 96 is plenty. head_norm: the length of e_p in each head.
+    n_head: heads of the encoder and of the attention that uses e_p. n_dim: coordinates of a position, each 0
+    to max_position - 1, in as many digits as that takes in `base`. max_position, ours: a hard limit; choose
+    little more than your longest input, as the losses have to order every position below it. width: of the
+    encoder; None: n_embd. 64 to 96 is plenty. head_norm: the length of e_p in each head.
     """
 
     def __init__(self, n_embd, n_head=4, n_layer=2, n_dim=1, base=10, max_position=20_000, width=None,
@@ -233,7 +234,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
         L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
 
-    j runs over the group; left out are i, copies of i or c and (ours, always:) others exactly as near as c.
+    Not among the j: i itself, copies of i, copies of c, and (ours, always:) others exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
     group is its pivot, and all of e is compared. ours: all are pivots in turn, and heads are compared apart.
     """
@@ -252,15 +253,15 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways, each in a share of the groups:       paper  ours  (paper, text)
-        plain    from all positions                                          0.5    0.2   (0)
-        hard     plain, but for a fifth (text: a quarter), which are decoys  0.3    0     (0.4)
-        window   from a short window: close numbers must be told apart       0.2    0.8   (0.6)
+    Candidates are drawn in three ways, each in a share of the groups:      paper   ours
+        plain    from all positions                                         0.5     0.2
+        hard     plain, but up to a fifth are decoys                        0.3     0
+        window   from a short window: close numbers must be told apart      0.2     0.8
 
     A decoy is written much like the pivot, but is farther away than the nearest plain candidate. The paper's
     window is a box of 256 or 17 x 17 positions, mostly far from the pivot. ours: around the pivot and mostly
-    small, as plain candidates hardly teach a distance of 1: with 32 below 2,048 the nearest is about 32 away.
-    ours, always: text has the first column, too; 16 x 16; the same position may be drawn twice.
+    small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the nearest is about 32
+    away. ours, always: 16 x 16; positions may repeat; text, too, has these shares (the paper: 0, 0.4, 0.6).
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -289,23 +290,21 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
 
 
 def sample_hard_negatives(encoder, pivots, n_negatives):
-    """Positions written much like a pivot: 1 to 3 edits, equally likely. At the third place of 5 6 7 8 9:
+    """Positions written much like a pivot: 1 to 3 random edits of 4 kinds. At the third place of 5 6 7 8 9:
 
         insert a 3           6 7 3 8 9      digits up to there move left, the first drops out
         delete the 7         0 5 6 8 9      digits before it move right, a zero comes in front
         swap it with the 6   5 7 6 8 9      or with any other
         replace it by a 3    5 6 3 8 9      or by any other digit
 
-    (P, n_dim) -> (P, n_negatives, n_dim). The digits of all coordinates are edited as one row. ours, always:
-    zeros in front are edited, too; an edit may change nothing or pass the limit (the paper draws it again).
+    (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row. The paper edits
+    the number without zeros in front (two coordinates as one, split at random afterwards), and draws again an
+    edit that gives the pivot or passes the limit.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
     here = torch.arange(K, device=device)
-
-    def draw(high):
-        return torch.randint(high, (*digits.shape[:-1], 1), device=device)              # (P, n_negatives, 1)
-
+    draw = partial(torch.randint, size=(*digits.shape[:-1], 1), device=device)          # (P, n_negatives, 1)
     n_edits = 1 + draw(3)
     for i in range(3):
         kind, at, other = draw(4), draw(K), draw(K)
@@ -328,7 +327,7 @@ def distillation_loss(e_teacher, e_students, n_head, paper=False):
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
     e_teacher: (m, E), which receives no gradient; e_students: (S, m, E) -> scalar: a mean over students and
-    heads, too, as in the paper. ours: the sum over j, as in a KL. The paper has the mean, that is sum_j / m.
+    heads, too, as in the paper. ours: the sum over j, as in a KL. The paper has the mean, m times less.
     """
     def log_rows(e):
         e = e.unflatten(-1, (n_head, -1)).transpose(-3, -2)     # (..., H, m, E/H)
@@ -342,12 +341,12 @@ def distillation_loss(e_teacher, e_students, n_head, paper=False):
 def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
     """contrast_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
-    shape: the training window, (T,) or (h, w). Both weights are the paper's; n_groups is ours alone. ours,
+    shape: the training window, (T,) or (h, w). Both weights are the paper's. n_groups: not with paper. ours,
     always: students lie anywhere, and all are compared at the same m of their T positions, drawn at random.
     The paper draws anew for each student, and has students at T / 4 or later (images: beyond the teacher).
     """
     n_candidates, n_students, m = 32, 4, 32
-    if paper:
+    if paper:       # as on each of its GPUs
         n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     device = encoder.cls.device
     loss = torch.zeros((), device=device)
@@ -366,7 +365,6 @@ def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.
 
 def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=iter):
     """ours: order all positions before the model's first step, as a short training has no time to.
-
     The two losses alone; L_delta has weight 1 and four times the groups. progress: tqdm, for example.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
@@ -390,12 +388,13 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """
     if max(shape) > max_position:
         raise ValueError(f"a window of {tuple(shape)} does not fit into max_position={max_position}")
+    # A piece that is not used begins at a cut at infinity; its offset is sorted to the end.
     places = window(shape).to(device)                                                   # (T, n_dim)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), device=device)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), device=device)
                            for size in shape], dim=-1)                      # (n_windows, max_pieces, n_dim)
-    offsets = offsets.masked_fill(unused, max_position).sort(1).values  # unused last
+    offsets = offsets.masked_fill(unused, max_position).sort(1).values
     cuts = torch.rand(n_windows, max_pieces - 1, len(shape), dtype=torch.float32, device=device)
     cuts = (cuts * torch.tensor(shape, device=device)).masked_fill(unused[:, 1:], math.inf).unsqueeze(1)
     piece = (places.unsqueeze(1) >= cuts).sum(2)            # cuts before each place: (n_windows, T, n_dim)
@@ -408,7 +407,7 @@ def count_bias(positions):
     A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. For queries
     after the gap each of the 32 counts 1,000 / 32 times: log(1000 / 32) is added to its logits (sampled
     softmax). Without it, heads that look far meet only T keys in training, and drown among thousands later.
-    But where one certain key is wanted, it would be seen 31 times, and a long text holds it once: so only a
+    But a head that looks for one certain key would find it 31 times, where a long text has it once: so only a
     random share of the log is added, 0 to 1 for each window.
     """
     if positions.dim() != 3 or positions.size(-1) != 1:
@@ -419,11 +418,11 @@ def count_bias(positions):
     same = piece.unsqueeze(-1) == piece.unsqueeze(-2)                                   # (B, T, T)
     count = 1 + (same * gap.unsqueeze(-2)).sum(-1).float() / same.sum(-1)               # (B, T): 1000 / 32
     share = torch.rand(len(gap), 1, dtype=torch.float32, device=gap.device)
-    return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)
+    return (share * count.log()).unsqueeze(-2).masked_fill(same, 0.0).unsqueeze(1)      # 0 within a piece
 
 
 # A training step, with GPT (sections 5 and 6). ours: four of eight windows move. The paper: in a random
-# tenth of the steps all 32 texts move, sharing 16 of the 320 windows; these steps are without L_OOD.
+# tenth of the steps all 32 texts of a GPU move, two to a window; these steps are without L_OOD.
 #     windows = place_windows((128,), 8, max_position)            # (8, 128, 1)
 #     windows[4:] = window((128,))                                # four stay: 0 to 127
 #     which = torch.randperm(8)[torch.arange(B) % 8]              # the B sequences share the eight evenly
@@ -452,7 +451,7 @@ class TransformerConfig:
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    block_size: int = 128       # the training length, in tokens; a limit for learned alone
+    block_size: int = 128       # the training length, in tokens; a limit for pe="learned" alone
     vocab_size: int = 256
 
 
@@ -481,7 +480,7 @@ class PositionEncoding(nn.Module):
         return [Signal()] * self.config.n_layer
 
     def interpolate(self, shape):
-        """The signals of another window, stretched over that of training; the authors' code can do this."""
+        """ours: the signals of a window of another shape, squeezed or stretched into that of training."""
         return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
@@ -501,10 +500,10 @@ class RoPE(PositionEncoding):
 
     def signals(self, positions):
         frequency = self.frequency(positions.device)
-        positions = positions.to(frequency.device, torch.float32)
-        # A product and a sum, not a matrix product: autocast would round the angles to 8 bits.
-        angle = (positions[..., None, None, :, :, None] * frequency.unsqueeze(-3)).sum(-2)
-        angle = F.pad(angle, (0, 0, int(self.class_token), 0))      # (..., n_layer or 1, H or 1, T, D/2)
+        positions = positions.to(frequency.device, torch.float32)[..., None, None, :, :, None]
+        # A product, then a sum over n_dim; autocast would round the angles of a matrix product to 8 bits.
+        angle = (positions * frequency.unsqueeze(-3)).sum(-2)       # (..., n_layer or 1, H or 1, T, D/2)
+        angle = F.pad(angle, (0, 0, int(self.class_token), 0))      # a class token is not turned
         rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)  # (layers, ..., T, D/2)
         return [Signal(rotate=layer) for layer in rotate.expand(self.config.n_layer, *rotate.shape[1:])]
 
@@ -513,7 +512,7 @@ class ALiBi(PositionEncoding):
     """Press et al. 2022, for text alone: the logit falls with distance, - slope_h * (i - j).
 
     Under a softmax -slope * i, the same for a whole row, cancels; slope * j is left, a dot product, too.
-    j is split in two, 256 * a + b, so that bfloat16 holds each part exactly.
+    j is split in two, 256 * a + b, so that bfloat16 holds each part exactly. ours: no slope / sqrt(D).
     """
 
     def signals(self, positions):
@@ -575,7 +574,7 @@ class EmbeddingPE(PositionEncoding):
         if self.config.pe == "learned":     # IndexError beyond the window, and for a negative position
             index = zip(positions.long().unbind(-1), self.shape)
             return self.table[tuple(torch.where(each < 0, size, each) for each, size in index)]
-        # Vaswani et al. 2017; with several dimensions each gets its share of the channels.
+        # Vaswani et al. 2017. ours: with several dimensions each has its share of the channels.
         n_pairs, device = self.config.n_embd // 2 // self.n_dim, self.input_gain.device
         frequency = 10000.0 ** (-torch.arange(n_pairs, dtype=torch.float32, device=device) / n_pairs)
         angle = positions.to(device).unsqueeze(-1) * frequency                          # (..., n_dim, n)
@@ -585,6 +584,7 @@ class EmbeddingPE(PositionEncoding):
         return self.fuse(self.embed(positions))
 
     def interpolate(self, shape):
+        """The embeddings of the training window are resized, as in the authors' code for images."""
         grid = self.embed(window(self.shape)).T.unflatten(-1, self.shape).unsqueeze(0)  # (1, E, *self.shape)
         grid = F.interpolate(grid, size=tuple(shape), mode="linear" if self.n_dim == 1 else "bicubic")
         return self.fuse(grid.flatten(2)[0].T)
