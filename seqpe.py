@@ -37,7 +37,7 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)
-    # The first digit is not wrapped: a number too long must fail in SeqPE's table, not turn small.
+    # The first digit is not wrapped: a number too long must be an IndexError in SeqPE, not turn small.
     digits[..., 1:] %= base
     return digits.flatten(-2)
 
@@ -81,7 +81,7 @@ def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     causal: queries stand at the last T of S places, as with a KV cache, and see no later key. -> (B, H, T, D)
     """
     D, V, T, S = q.size(-1), v.size(-1), q.size(-2), k.size(-2)
-    if q.size(1) != k.size(1):      # ek differs from head to head: each needs keys of its own
+    if q.size(1) != k.size(1):      # grouped queries: a key for each head, as for ek
         k, v = (each.repeat_interleave(q.size(1) // k.size(1), dim=1) for each in (k, v))
     if eq is not None:
         if (eq.size(-2), ek.size(-2)) != (T, S):
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, signal=Signal(), last_only=False):
-        """x: (B, T, C) -> (B, T, C), or (B, 1, C) where only the last token asks."""
+        """x: (B, T, C) -> (B, T, C), or (B, 1, C) where only the last token asks, without a signal."""
         q = self.query(x[:, -1:] if last_only else x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k, v = self.key_value(x).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)    # (B, H, T, D)
         if signal.mul is not None:
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer (GPT-2's), for the encoder, GPT and ViT alike.
 
-    approximate: form of GELU, GPT-2's "tanh" in the encoder. ours: GPT has the exact one, as ViT has.
+    approximate: form of GELU, "tanh" in the encoder, "none" (the exact one) in ViT, and (ours) in GPT, too.
     """
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
@@ -253,15 +253,15 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    Candidates are drawn in three ways, each in a share of the groups:      paper   ours
-        plain    from all positions                                         0.5     0.2
-        hard     plain, but up to a fifth are decoys                        0.3     0
-        window   from a short window: close numbers must be told apart      0.2     0.8
+    Candidates are drawn in three ways, each in a share of the groups:      paper: images, text   ours
+        plain    from all positions                                                0.5     0      0.2
+        hard     plain, but up to a fifth are decoys                               0.3     0.4    0
+        window   from a short window: close numbers must be told apart             0.2     0.6    0.8
 
     A decoy is written much like the pivot, but is farther away than the nearest plain candidate. The paper's
     window is a box of 256 or 17 x 17 positions, mostly far from the pivot. ours: around the pivot and mostly
     small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the nearest is about 32
-    away. ours, always: 16 x 16; positions may repeat; text, too, has these shares (the paper: 0, 0.4, 0.6).
+    away. ours, always: 16 x 16; positions may repeat; for text paper=True has the shares of images.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -298,8 +298,8 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         replace it by a 3    5 6 3 8 9      or by any other digit
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row. The paper edits
-    the number without zeros in front (two coordinates as one, split at random afterwards), and draws again an
-    edit that gives the pivot or passes the limit.
+    the number without zeros in front (two coordinates as one number, cut in two at random afterwards), and
+    draws an edit again that gives the pivot or passes the limit.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
@@ -341,12 +341,12 @@ def distillation_loss(e_teacher, e_students, n_head, paper=False):
 def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
     """contrast_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
-    shape: the training window, (T,) or (h, w). Both weights are the paper's. n_groups: not with paper. ours,
-    always: students lie anywhere, and all are compared at the same m of their T positions, drawn at random.
+    shape: the training window, (T,) or (h, w). Both weights are the paper's. n_groups is ignored with paper.
+    ours, always: students lie anywhere, and all are compared at the same m of their T places, drawn at random.
     The paper draws anew for each student, and has students at T / 4 or later (images: beyond the teacher).
     """
     n_candidates, n_students, m = 32, 4, 32
-    if paper:       # as on each of its GPUs
+    if paper:       # its numbers, for each GPU
         n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     device = encoder.cls.device
     loss = torch.zeros((), device=device)
@@ -388,13 +388,13 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """
     if max(shape) > max_position:
         raise ValueError(f"a window of {tuple(shape)} does not fit into max_position={max_position}")
-    # A piece that is not used begins at a cut at infinity; its offset is sorted to the end.
+    # Each piece but the first begins at a cut. An unused one's is at infinity: no place falls into it.
     places = window(shape).to(device)                                                   # (T, n_dim)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), device=device)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
     offsets = torch.stack([torch.randint(max_position - size + 1, (n_windows, max_pieces), device=device)
                            for size in shape], dim=-1)                      # (n_windows, max_pieces, n_dim)
-    offsets = offsets.masked_fill(unused, max_position).sort(1).values
+    offsets = offsets.masked_fill(unused, max_position).sort(1).values      # unused last
     cuts = torch.rand(n_windows, max_pieces - 1, len(shape), dtype=torch.float32, device=device)
     cuts = (cuts * torch.tensor(shape, device=device)).masked_fill(unused[:, 1:], math.inf).unsqueeze(1)
     piece = (places.unsqueeze(1) >= cuts).sum(2)            # cuts before each place: (n_windows, T, n_dim)
@@ -422,7 +422,7 @@ def count_bias(positions):
 
 
 # A training step, with GPT (sections 5 and 6). ours: four of eight windows move. The paper: in a random
-# tenth of the steps all 32 texts of a GPU move, two to a window; these steps are without L_OOD.
+# tenth of the steps all 32 texts of a GPU move, to 16 windows; these steps are without L_OOD.
 #     windows = place_windows((128,), 8, max_position)            # (8, 128, 1)
 #     windows[4:] = window((128,))                                # four stay: 0 to 127
 #     which = torch.randperm(8)[torch.arange(B) % 8]              # the B sequences share the eight evenly
@@ -504,7 +504,7 @@ class RoPE(PositionEncoding):
         # A product, then a sum over n_dim; autocast would round the angles of a matrix product to 8 bits.
         angle = (positions * frequency.unsqueeze(-3)).sum(-2)       # (..., n_layer or 1, H or 1, T, D/2)
         angle = F.pad(angle, (0, 0, int(self.class_token), 0))      # a class token is not turned
-        rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)  # (layers, ..., T, D/2)
+        rotate = torch.stack([angle.cos(), angle.sin()], dim=-4).movedim(-5, 0)  # (layer, ..., 2, H, T, D/2)
         return [Signal(rotate=layer) for layer in rotate.expand(self.config.n_layer, *rotate.shape[1:])]
 
 
@@ -512,12 +512,12 @@ class ALiBi(PositionEncoding):
     """Press et al. 2022, for text alone: the logit falls with distance, - slope_h * (i - j).
 
     Under a softmax -slope * i, the same for a whole row, cancels; slope * j is left, a dot product, too.
-    j is split in two, 256 * a + b, so that bfloat16 holds each part exactly. ours: no slope / sqrt(D).
+    j is split in two, 256 * a + b, so that bfloat16 holds each part exactly.
     """
 
     def signals(self, positions):
         head = torch.arange(1, self.config.n_head + 1, dtype=torch.float32, device=positions.device)
-        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5           # attention divides by sqrt(D)
+        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5  # ours: attention's / sqrt(D) is undone
         j = torch.cat([positions - positions % 256, positions % 256], dim=-1).float().unsqueeze(-3)
         extend = torch.stack(torch.broadcast_tensors(slope.view(-1, 1, 1), j), dim=-4)  # (..., 2, H, T, 2)
         return [Signal(extend=extend)] * self.config.n_layer
@@ -532,8 +532,8 @@ class EmbeddingPE(PositionEncoding):
         add     q_i + eq_i and k_j + ek_j, a W for each layer
 
     with [eq, ek] = W e + b. All four are in the authors' code, which has scalar for text and mul for
-    images, and W starts at N(0, 0.02). ours: with diagonal_maps W starts as the identity for mul; for the
-    others so that eq_i . ek_j / sqrt(D) is gain * e_i . e_j, which L_delta makes fall with distance. The gain
+    images, and W starts at N(0, 0.02). ours: with diagonal_maps W starts as the identity for mul; for
+    scalar and add such that eq_i . ek_j / sqrt(D) is g * e_i . e_j, which L_delta makes fall with distance. g
     is 1 in the first head and 1/64 in the last of four: some begin by looking nearby, some everywhere.
     """
 
@@ -552,8 +552,8 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):      # sinusoidal
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token is not in the grid: it learns a vector. ours: its std is 1 with head_norm, near that
-        # of e_p, which is head_norm / sqrt(E/H), 1.2 in train_vit.py.
+        # A class token is not in the grid: it learns a vector. ours: its std is 1 with head_norm (but for
+        # input), near that of e_p, which is head_norm / sqrt(E/H), 1.2 in train_vit.py.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
@@ -561,7 +561,7 @@ class EmbeddingPE(PositionEncoding):
         self.input_gain = nn.Parameter(torch.tensor(0.1)) if gained else 1.0
         n_maps = {"input": 0, "scalar": 1 if self.n_dim == 1 else n_layer}.get(self.fusion, n_layer)
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(n_maps))
-        scale = 2.0 ** (-8 * torch.arange(n_head) / n_head) * self.head_dim ** 0.5      # gain * sqrt(D)
+        scale = 2.0 ** (-8 * torch.arange(n_head) / n_head) * self.head_dim ** 0.5      # g * sqrt(D)
         scale = torch.ones(size) if self.fusion == "mul" else scale.repeat_interleave(size // n_head)
         for W in self.maps:
             _init_weights(W)
