@@ -342,7 +342,7 @@ def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.
     """contrast_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
 
     shape: the training window, (T,) or (h, w). Both weights are the paper's. n_groups is ignored with paper.
-    ours, always: students lie anywhere, and all are compared at the same m of their T places, drawn at random.
+    ours, always: students lie anywhere, and all are compared at the same m of their T places, at random.
     The paper draws anew for each student, and has students at T / 4 or later (images: beyond the teacher).
     """
     n_candidates, n_students, m = 32, 4, 32
