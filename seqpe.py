@@ -37,7 +37,7 @@ def position_to_digits(positions, n_digits, base=10):
     positions: (..., n_dim) integers from 0 to base ** n_digits - 1 -> (..., K) digits, K = n_dim * n_digits.
     """
     digits = positions.unsqueeze(-1) // base ** torch.arange(n_digits - 1, -1, -1, device=positions.device)
-    # The first digit is not wrapped: a number too long must be an IndexError in SeqPE, not turn small.
+    # The first digit is not wrapped: SeqPE's embedding refuses a number too long even where nobody checks it.
     digits[..., 1:] %= base
     return digits.flatten(-2)
 
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, signal=Signal(), last_only=False):
-        """x: (B, T, C) -> (B, T, C), or (B, 1, C) where only the last token asks, without a signal."""
+        """x: (B, T, C) -> (B, T, C), or (B, 1, C) if last_only: the last one asks, as [CLS] in section 3."""
         q = self.query(x[:, -1:] if last_only else x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k, v = self.key_value(x).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)    # (B, H, T, D)
         if signal.mul is not None:
@@ -234,7 +234,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
         L_delta = mean over pivots i of  - log( exp(e_i . e_c) / sum_j exp(e_i . e_j) )
 
-    Not among the j: i itself, copies of i, copies of c, and (ours, always:) others exactly as near as c.
+    Not among the j: i itself, copies of i or c, and (ours, always:) other positions exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
     group is its pivot, and all of e is compared. ours: all are pivots in turn, and heads are compared apart.
     """
@@ -261,7 +261,7 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
     A decoy is written much like the pivot, but is farther away than the nearest plain candidate. The paper's
     window is a box of 256 or 17 x 17 positions, mostly far from the pivot. ours: around the pivot and mostly
     small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the nearest is about 32
-    away. ours, always: 16 x 16; positions may repeat; for text paper=True has the shares of images.
+    away. ours, always: 16 x 16 positions; they may repeat; for text paper=True has the shares of images.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -298,8 +298,8 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         replace it by a 3    5 6 3 8 9      or by any other digit
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row. The paper edits
-    the number without zeros in front (two coordinates as one number, cut in two at random afterwards), and
-    draws an edit again that gives the pivot or passes the limit.
+    the number without zeros in front; the digits of two coordinates are joined, and cut at random afterwards.
+    Where an edit gives the pivot or passes the limit, the paper draws another.
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
@@ -345,7 +345,7 @@ def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.
     ours, always: students lie anywhere, and all are compared at the same m of their T places, at random.
     The paper draws anew for each student, and has students at T / 4 or later (images: beyond the teacher).
     """
-    n_candidates, n_students, m = 32, 4, 32
+    n_candidates, n_students, m = 32, 4, 32     # ours
     if paper:       # its numbers, for each GPU
         n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
     device = encoder.cls.device
@@ -364,7 +364,7 @@ def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.
 
 
 def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=iter):
-    """ours: order all positions before the model's first step, as a short training has no time to.
+    """ours: order all positions before the model's first step, as a short training is too short for it.
     The two losses alone; L_delta has weight 1 and four times the groups. progress: tqdm, for example.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
@@ -388,7 +388,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """
     if max(shape) > max_position:
         raise ValueError(f"a window of {tuple(shape)} does not fit into max_position={max_position}")
-    # Each piece but the first begins at a cut. An unused one's is at infinity: no place falls into it.
+    # All pieces but the first begin at a cut. That of an unused one is at infinity: no place falls into it.
     places = window(shape).to(device)                                                   # (T, n_dim)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), device=device)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
@@ -422,7 +422,7 @@ def count_bias(positions):
 
 
 # A training step, with GPT (sections 5 and 6). ours: four of eight windows move. The paper: in a random
-# tenth of the steps all 32 texts of a GPU move, to 16 windows; these steps are without L_OOD.
+# tenth of the steps all 32 texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD.
 #     windows = place_windows((128,), 8, max_position)            # (8, 128, 1)
 #     windows[4:] = window((128,))                                # four stay: 0 to 127
 #     which = torch.randperm(8)[torch.arange(B) % 8]              # the B sequences share the eight evenly
@@ -480,7 +480,7 @@ class PositionEncoding(nn.Module):
         return [Signal()] * self.config.n_layer
 
     def interpolate(self, shape):
-        """ours: the signals of a window of another shape, squeezed or stretched into that of training."""
+        """ours: the signals of another window, squeezed into that of training (EmbeddingPE resizes e_p)."""
         return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
@@ -517,7 +517,7 @@ class ALiBi(PositionEncoding):
 
     def signals(self, positions):
         head = torch.arange(1, self.config.n_head + 1, dtype=torch.float32, device=positions.device)
-        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5  # ours: attention's / sqrt(D) is undone
+        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5  # ours, as in Press: not / sqrt(D)
         j = torch.cat([positions - positions % 256, positions % 256], dim=-1).float().unsqueeze(-3)
         extend = torch.stack(torch.broadcast_tensors(slope.view(-1, 1, 1), j), dim=-4)  # (..., 2, H, T, 2)
         return [Signal(extend=extend)] * self.config.n_layer
@@ -552,8 +552,8 @@ class EmbeddingPE(PositionEncoding):
             self.table = nn.Parameter(torch.randn(*shape, C) * 0.02)
         elif C % (2 * self.n_dim):      # sinusoidal
             raise ValueError(f"sinusoidal in {self.n_dim}-D needs n_embd={C} divisible by {2 * self.n_dim}")
-        # A class token is not in the grid: it learns a vector. ours: its std is 1 with head_norm (but for
-        # input), near that of e_p, which is head_norm / sqrt(E/H), 1.2 in train_vit.py.
+        # A class token is not in the grid: it learns a vector. ours: with head_norm it starts at std 1, as
+        # e_p's channels have head_norm / sqrt(E/H), 1.2 in train_vit.py; with input at 0.02, as tokens do.
         std = 1.0 if is_seqpe and config.head_norm and self.fusion != "input" else 0.02
         self.cls = nn.Parameter(torch.randn(size) * std) if class_token else None
         # ours: a gain of 0.1, as tokens start at 0.02 and would stay unread beside larger vectors.
