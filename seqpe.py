@@ -261,7 +261,7 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
     A decoy is written much like the pivot, but is farther away than the nearest plain candidate. The paper's
     window is a box of 256 or 17 x 17 positions, mostly far from the pivot. ours: around the pivot and mostly
     small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the nearest is about 32
-    away. ours, always: 16 x 16 positions; they may repeat; for text paper=True has the shares of images.
+    away. ours, always: 16 x 16; candidates may repeat; for text paper=True has the shares of images.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
     kwargs = dict(dtype=torch.float32, device=device)
@@ -299,7 +299,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row. The paper edits
     the number without zeros in front; the digits of two coordinates are joined, and cut at random afterwards.
-    Where an edit gives the pivot or passes the limit, the paper draws another.
+    Where an edit gives the pivot or passes the limit, the paper draws another. (sample_groups drops it here.)
     """
     digits = position_to_digits(pivots, encoder.n_digits, encoder.base).unsqueeze(1).repeat(1, n_negatives, 1)
     K, base, device = digits.size(-1), encoder.base, pivots.device
@@ -343,7 +343,7 @@ def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.
 
     shape: the training window, (T,) or (h, w). Both weights are the paper's. n_groups is ignored with paper.
     ours, always: students lie anywhere, and all are compared at the same m of their T places, at random.
-    The paper draws anew for each student, and has students at T / 4 or later (images: beyond the teacher).
+    The paper draws the m for each student, and has students at T / 4 or later (images: beyond the teacher).
     """
     n_candidates, n_students, m = 32, 4, 32     # ours
     if paper:       # its numbers, for each GPU
@@ -388,7 +388,7 @@ def place_windows(shape, n_windows, max_position, max_pieces=4, device=None):
     """
     if max(shape) > max_position:
         raise ValueError(f"a window of {tuple(shape)} does not fit into max_position={max_position}")
-    # All pieces but the first begin at a cut. That of an unused one is at infinity: no place falls into it.
+    # All pieces but the first begin at a cut. An unused piece has its cut at infinity: no place is in it.
     places = window(shape).to(device)                                                   # (T, n_dim)
     n_pieces = torch.randint(1, max_pieces + 1, (n_windows, 1, 1), device=device)
     unused = torch.arange(max_pieces, device=device).view(-1, 1) >= n_pieces    # (n_windows, max_pieces, 1)
@@ -510,14 +510,14 @@ class RoPE(PositionEncoding):
 
 class ALiBi(PositionEncoding):
     """Press et al. 2022, for text alone: the logit falls with distance, - slope_h * (i - j).
-
-    Under a softmax -slope * i, the same for a whole row, cancels; slope * j is left, a dot product, too.
-    j is split in two, 256 * a + b, so that bfloat16 holds each part exactly.
+    ours: as in Press et al., it is not divided by sqrt(D); the authors' code divides it. Under a softmax
+    -slope * i, the same for a whole row, cancels; slope * j is left, a dot product, too. j is split in two,
+    256 * a + b, so that bfloat16 holds each part exactly.
     """
 
     def signals(self, positions):
         head = torch.arange(1, self.config.n_head + 1, dtype=torch.float32, device=positions.device)
-        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5  # ours, as in Press: not / sqrt(D)
+        slope = 2.0 ** (-8 * head / len(head)) * self.head_dim ** 0.5   # attend divides by sqrt(D)
         j = torch.cat([positions - positions % 256, positions % 256], dim=-1).float().unsqueeze(-3)
         extend = torch.stack(torch.broadcast_tensors(slope.view(-1, 1, 1), j), dim=-4)  # (..., 2, H, T, 2)
         return [Signal(extend=extend)] * self.config.n_layer
