@@ -13,7 +13,7 @@ that the model never met in training, and two extra losses keep those in order. 
     6. The model                GPT, in the manner of nanoGPT
 
 "The paper's" is what the authors' released code computes. What departs from it is marked "ours:" (and SeqPE's
-dropout is 0 by default, the paper's 0.1). A function with an argument `paper` is ours by default; paper=True
+dropout is 0 by default, there 0.1 or 0.3). A function with an argument `paper` is ours by default; paper=True
 makes it the paper's, except what is marked "ours, always:".
 
 The file needs only torch; the README shows how to use it in another model.
@@ -261,10 +261,10 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
     A decoy is written much like the pivot, but is farther away than the nearest plain candidate. The paper's
     window is a box of 256 or 17 x 17 positions, mostly far from the pivot. ours: around the pivot and mostly
     small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the nearest is about 32
-    away. ours, always: 16 x 16; candidates may repeat; for text paper=True has the shares of images.
+    away. ours, always: 16 x 16; positions may repeat; for text paper=True has the shares of images.
     """
     n_dim, max_position, device = encoder.n_dim, encoder.max_position, encoder.cls.device
-    kwargs = dict(dtype=torch.float32, device=device)
+    kwargs = dict(dtype=torch.float32, device=device)       # products may round up: hence the last clamp
     pivots = torch.randint(max_position, (n_groups, 1, n_dim), device=device)
     plain = torch.randint(max_position, (n_groups, n_candidates, n_dim), device=device)
     if paper:
@@ -364,7 +364,7 @@ def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.
 
 
 def pretrain_encoder(encoder, shape, steps=1000, learning_rate=2e-3, progress=iter):
-    """ours: order all positions before the model's first step, as a short training is too short for it.
+    """ours: order all positions before the model's first step. A short training would not get that far.
     The two losses alone; L_delta has weight 1 and four times the groups. progress: tqdm, for example.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.95))
@@ -609,7 +609,7 @@ ENCODINGS = {"seqpe": EmbeddingPE, "rope": RoPE, "alibi": ALiBi, "learned": Embe
 # ---- 6. The model -----------------------------------------------------------------------------------------
 
 class Transformer(nn.Module):
-    """A stack of blocks with a position encoding: what GPT and train_vit.py's ViT have in common."""
+    """A stack of blocks with a position encoding, for GPT and train_vit.py's ViT. ours: it has no dropout."""
 
     def __init__(self, config, shape, causal):
         super().__init__()

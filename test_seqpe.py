@@ -765,7 +765,6 @@ def test_a_model_is_traced(encoding):
 
 
 def test_a_training_step_compiles_whole():
-    """As in the README's example."""
     pe = gpt(n_layer=1, max_position=100, n_embd=16, pe_embd=8, head_norm=3).pe
 
     def step(q, k, v):
@@ -780,6 +779,7 @@ def test_a_training_step_compiles_whole():
 
 
 ERRORS = {
+    "float positions": (lambda: SeqPE(8)(torch.ones(3, 1)), RuntimeError, "type"),
     "last dimension": (lambda: SeqPE(8, n_dim=2)(torch.zeros(4, 3).long()), ValueError, r"n_dim=2.*\(4, 3\)"),
     "too many positions": (lambda: SeqPE(8, max_position=2 ** 30 + 1), ValueError, r"2\*\*30"),
     "base": (lambda: SeqPE(8, base=1), ValueError, "SeqPE"),
@@ -1534,7 +1534,7 @@ def losses_of_a_host(model, text, steps, T=32):
     return losses
 
 
-@pytest.mark.parametrize("n_kv_head, alone, steps", [(2, 3, 3), (1, 60, 300)])
+@pytest.mark.parametrize("n_kv_head, alone, steps", [(2, 3, 3), (1, 200, 300)])
 def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypatch, n_kv_head, alone, steps):
     """Pasted into a GPT of two layers; with grouped queries it is trained for seconds, else only runs."""
     monkeypatch.syspath_prepend(str(HERE))
@@ -1546,5 +1546,5 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(monkeypat
     model = Host(len(index), example, n_kv_head)
     pretrain_encoder(model.pe.encoder, (32,), alone)
     shifted = losses_of_a_host(model, text, steps)
-    assert all(map(math.isfinite, shifted)), shifted
-    assert steps == 3 or shifted[0] < 2.4 and shifted[-1] < shifted[0] + 0.03, shifted
+    assert all(map(math.isfinite, shifted)) and (steps == 3 or shifted[0] < 2.4), shifted
+    assert steps == 3 or shifted[-1] < shifted[0] + 0.03 and max(shifted) < shifted[0] + 0.1, shifted

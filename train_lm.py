@@ -262,7 +262,7 @@ def path_of(args, names, seeds, end):
 
 def write_file(path, data):
     """Write to a name of this process alone, then move into place: path is never half written."""
-    path = Path(os.path.realpath(path))     # a symbolic link stays one
+    path = Path(os.path.realpath(path))     # a symbolic link stays one; resolve() fails where links circle
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
