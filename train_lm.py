@@ -2,7 +2,7 @@
 
     python train_lm.py --pe seqpe               real text, Python's own standard library: no download
     python train_lm.py --pe all --seed 0,1,2    every encoding, three times each, in one table and one chart
-    python train_lm.py --recipe paper           SeqPE as in the paper; optimiser and sizes stay ours
+    python train_lm.py --recipe paper           our small version of the paper's recipe for SeqPE
     python train_lm.py --data recall            records in that text, asked for again at its end
     python train_lm.py --data FILE              other text, in UTF-8
     python train_lm.py --resume                 go on after Ctrl-C or a crash, or show what is finished
@@ -16,11 +16,8 @@ import os
 import statistics
 import sys
 import sysconfig
-import tempfile
-import zipfile
 import zlib
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,75 +25,71 @@ import torch.nn.functional as F
 from torch.utils.benchmark import timer
 from tqdm import tqdm
 
-from seqpe import (FUSIONS, GPT, GPTConfig, count_bias, place_windows, position_regularizers,
-                   pretrain_encoder, window)
+from seqpe import GPT, training_windows, window
 
 # ---- Arguments --------------------------------------------------------------------------------------------
 
-OPTIONS = {     # our default, that of --recipe paper where it is another, least, most, what it is
-    "steps": (800, 1, 10 ** 7, "training steps"),
-    "batch_size": (32, 1, 65536, "sequences in a step"),
-    "lr": (3e-3, 0, 10, "peak learning rate"),
-    "n_layer": (4, 1, 128, "layers of the model"),
-    "n_head": (4, 1, 128, "heads of a layer, in the model and in SeqPE's encoder"),
-    "n_embd": (128, 1, 8192, "width of the model"),
-    "shift_prob": (0.5, 0.1, 0, 1, "share of the eight windows of a step that are at random places"),
-    "shift_whole": (0, 1, 0, 1, "1: all eight are (the paper: 16 of a pool), or none"),
-    "pieces": (4, 1, 1, 64, "most pieces, apart from each other, of such a window"),
-    "distill_weight": (0.1, 0, 1e3, "weight of L_OOD"),
-    "distill_shifted": (1, 0, 0, 1, "0: no L_OOD in steps that have shifted windows"),
-    "paper_groups": (0, 1, 0, 1, "1: groups and students as many, and compared, as in the paper"),
-    "pretrain_steps": (1000, 0, 0, 10 ** 6, "steps of SeqPE's encoder alone before the model's first"),
-    "head_norm": (6.0, 0.0, 0, 1e3, "length of e_p in each head; 0: as it comes"),
-    "diagonal_maps": (1, 0, 0, 1, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
-    "pe_embd": (64, 0, 0, 8192, "size of e_p and width of its encoder, for scalar; 0: the model's"),
-    "pe_dropout": (0.0, 0.1, 0, 0.9, "dropout in SeqPE's encoder"),
+WINDOWS = {"counted": 4, "torn": 4, "whole": 1, "plain": 0}     # and into how many pieces they are torn
+OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
+    "steps": (800, 800, 1, "training steps"),
+    "batch_size": (32, 32, 1, "sequences in a step"),
+    "lr": (3e-3, 3e-3, 0, "peak learning rate"),
+    "n_layer": (4, 4, 1, "layers of the model"),
+    "n_head": (4, 4, 1, "heads of a layer, in the model and in SeqPE's encoder"),
+    "n_embd": (128, 128, 1, "width of the model"),
+    "windows": ("counted", "whole", WINDOWS, "positions in training: some windows are moved as a whole, torn "
+                "into pieces, or also counted (text alone); or none is, plain. For every encoding but nope"),
+    "shift_prob": (0.5, 0.1, 0, "share of the eight windows of a step that are moved"),
+    "shift_steps": (0, 1, 0, "1: all eight are in that share of the steps, without L_OOD, else none"),
+    "contrast_weight": (0.1, 0.1, 0, "weight of L_delta"),
+    "distill_weight": (0.1, 0.1, 0, "weight of L_OOD"),
+    "paper_groups": (0, 1, 0, "1: both losses as in the paper: groups, students, what is compared, the mean"),
+    "pretrain_steps": (1000, 0, 0, "steps of SeqPE's encoder alone before the model's first"),
+    "head_norm": (6.0, 0.0, 0, "length of e_p in each head; 0: as it comes"),
+    "diagonal_maps": (1, 0, 0, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
+    "pe_embd": (64, 128, 1, "size of e_p and width of its encoder, for the fusion scalar"),
+    "pe_dropout": (0.0, 0.1, 0, "dropout in SeqPE's encoder"),
+    "fusion": ("scalar", "scalar", ("scalar", "mul", "add"), "how SeqPE enters the model"),
 }
 
 
 def parse(argv, doc, tasks, options, more={}):
     """The arguments of a script, and its task: of tasks, {--data: class}, the first is for files, too."""
-    first, cuda, options = next(iter(tasks.values())), torch.cuda.is_available(), options | OPTIONS
+    first, options = next(iter(tasks.values())), options | OPTIONS
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pe", default="seqpe", help=f"a comma list of {', '.join(first.encodings)}; or all")
-    add("--data", default=next(iter(tasks)), help=f"{', '.join(tasks)}, or a file")
-    add("--recipe", choices=("ours", "paper"), default="ours", help="how SeqPE is trained")
+    add("--data", default=next(iter(tasks)), type=os.path.expanduser, help=f"{', '.join(tasks)}, or a file")
+    add("--recipe", choices=("ours", "paper"), default=argparse.SUPPRESS, help="how SeqPE is trained (ours)")
     add("--seed", default="0", help="of everything random, or a comma list of them")
     add("--resume", action="store_true", help="go on with what --out holds of this command, or show it again")
-    add("--out", type=Path, default=Path("out"), help="folder of checkpoints and results (%(default)s)")
+    add("--out", default="out", type=os.path.expanduser, help="folder of checkpoints and results (out)")
     add("--split", choices=("test", "val"), default="test", help="what tables score; settings: on val")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--device", choices=devices, default=devices[-1])
     for flag, keywords in more.items():
         add(flag, **keywords)
-    for name, (*values, _, _, text) in options.items():
-        if title := {"steps": "model and training", "shift_prob": "SeqPE and its training"}.get(name):
-            add = parser.add_argument_group(title).add_argument
-        add("--" + name.replace("_", "-"), type=type(values[0]), help=f"{text} (%(default).4g)")
-    add("--fusion", choices=FUSIONS, default="scalar", help="how SeqPE enters the model (%(default)s)")
-    # Defaults depend on --data and --recipe, which are looked up first; -h would end that.
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    Task, paper = tasks.get(known.data, first), known.recipe == "paper"
-    defaults = {name: row[paper and len(row) > 4] for name, row in options.items()}
-    parser.set_defaults(**defaults | Task.defaults | (Task.paper if paper else {}))
-    args = parser.parse_args(argv)
-    args.pe = first.encodings if args.pe == "all" else list(dict.fromkeys(args.pe.split(",")))
+    for name, (*row, least, text) in options.items():
+        value = first.defaults.get(name, row)[0]
+        add("--" + name.replace("_", "-"), type=type(value), default=argparse.SUPPRESS,
+            choices=None if type(least) is int else least, help=f"{text} ({value})")
+    args = parser.parse_args(argv)          # has only those options that are given
+    given = {name: getattr(args, name) for name in ("recipe", *options) if name in args}
+    args.name = "".join(f"-{name}={value}" for name, value in given.items()).replace("_", "-")
+    Task, paper = tasks.get(args.data, first), given.get("recipe") == "paper"
+    args.settings = {name: Task.defaults.get(name, row)[paper] for name, row in options.items()} | given
+    vars(args).update(args.settings)
+    for name, (*_, least, _) in options.items():
+        most = 1 if name in ("shift_prob", "pe_dropout") else math.inf
+        if type(least) is int and not least <= args.settings[name] <= most:
+            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}")
+    args.pe, args.seed = (list(dict.fromkeys(each.split(","))) for each in (args.pe, args.seed))
+    args.pe = first.encodings if args.pe == ["all"] else args.pe
     if unknown := set(args.pe) - set(first.encodings):
         parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(first.encodings)}; or all alone")
-    if not all(seed.isdecimal() and int(seed) <= 2 ** 32 for seed in args.seed.split(",")):
-        parser.error(f"--seed must be integers from 0 to 2 ** 32, not {args.seed!r}")
-    args.seed = list(dict.fromkeys(map(int, args.seed.split(","))))
-    for name, (*_, least, most, _) in options.items():
-        if not least <= (value := getattr(args, name)) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
-    if args.device == "cuda" and not cuda:
-        parser.error("torch finds no cuda here; try --device cpu")
-    args.device = "cuda" if cuda and args.device != "cpu" else "cpu"
-    args.options = {name: getattr(args, name) for name in ("recipe", *options, "fusion")}
-    said = [(name, value) for name, value in args.options.items() if value != parser.get_default(name)]
-    args.name = "".join(f"-{name.replace('_', '-')}={value}".removesuffix(".0") for name, value in said)
+    if not all(seed.isdecimal() and int(seed) < 2 ** 32 for seed in args.seed):
+        parser.error(f"--seed must be integers from 0 to 2 ** 32 - 1, not {','.join(args.seed)!r}")
     return args, Task
 
 
@@ -120,22 +113,35 @@ def read_text(data):
     return {"train": text[:cuts[0]], "val": text[cuts[0]:cuts[1]], "test": text[cuts[1]:]}
 
 
+def settings_of(args, pe, trained, longest):
+    """What GPT and ViT share. trained, longest: a window's side in training, and at last."""
+    # On plain windows a table has no rows that training never meets: it is stretched.
+    longest = trained if pe == "learned" and args.windows == "plain" else longest
+    names = ["n_layer", "n_head", "n_embd"]
+    if pe == "seqpe":
+        names += ["fusion", "pe_embd", "head_norm", "diagonal_maps", "pe_dropout"]
+    return {"pe": pe, "max_position": longest} | {name: args.settings[name] for name in names}
+
+
 class Text:
     """Next-character prediction, scored on the same last characters with more and more context."""
     encodings = ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
-    defaults, paper = {}, {}            # in place of OPTIONS'; the same for --recipe paper alone
+    defaults = {}                       # (ours, the paper's) in place of OPTIONS'
     tables = {"Loss in nats per character (lower is better), by characters of context": {}}     # for score()
-    form, n_evaluated = ".3f", 64       # of a score: how it is written, and of how many windows of text
+    form, n_evaluated = ".3f", 64       # of a score: how it is written, and of how many excerpts of text
+    least = 1                           # of --block-size
 
     def __init__(self, args):
         text = read_text(args.data)
         self.args, self.characters = args, sorted(set().union(*text.values()))
         self.sizes = [args.block_size * 2 ** i for i in range(args.reach.bit_length())]     # 1x, 2x, 4x, ...
-        if len(self.characters) < 2 or min(map(len, text.values())) <= self.sizes[-1]:
-            raise ValueError(f"--data {args.data}: {[*map(len, text.values())]} characters of "
-                             f"{len(self.characters)} kinds are too few to read {self.sizes[-1]} at once")
+        if args.block_size < self.least or args.reach.bit_count() != 1:
+            raise ValueError(f"--block-size must be {self.least} or more, and --reach a power of two")
+        if min(map(len, text.values())) <= self.sizes[-1]:
+            raise ValueError(f"--data {args.data}: {[*map(len, text.values())]} characters for training, "
+                             f"validation and test are too few to read {self.sizes[-1]} at once")
         self.splits = {name: self.encode(split) for name, split in text.items()}
-        self.prompt = self.encode(args.sample or ("\n" if "\n" in self.characters else self.characters[0]))
+        self.prompt = self.encode((args.sample or text["val"][0]).replace("\r\n", "\n"))
         self.checksum = zlib.crc32("".join(text.values()).encode())
 
     def encode(self, text):
@@ -145,8 +151,8 @@ class Text:
         return torch.tensor([index[character] for character in text])
 
     def model(self, pe):
-        found = vars(self.args) | dict(pe=pe, vocab_size=len(self.characters), max_position=self.sizes[-1])
-        return GPT(GPTConfig(**{f.name: found[f.name] for f in fields(GPTConfig) if f.name in found}))
+        return GPT(len(self.characters), self.sizes[0],
+                   **settings_of(self.args, pe, self.sizes[0], self.sizes[-1]))
 
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
@@ -154,19 +160,13 @@ class Text:
         start = torch.randint(len(text) - T, (self.args.batch_size, 1), generator=generator)
         return text[start + torch.arange(T + 1)]
 
-    def signals(self, model, windows, which):
-        """What the encoding tells each layer: sequence b has the positions of windows[which[b]]."""
-        signals = None if windows is None else model.pe(windows, which)
-        if signals and self.args.pieces > 1:
-            bias = count_bias(windows.to(self.args.device))[which]                          # (B, 1, T, T)
-            signals = [signal._replace(bias=bias) for signal in signals]
-        return signals
-
     def loss(self, model, batch, windows, which):
+        """Logits and loss. Sequence b has the positions windows[which[b]]; without windows 0 to T - 1."""
         batch = batch.to(self.args.device)
-        return model(batch[:, :-1], batch[:, 1:], self.signals(model, windows, which))[1]
+        signals = None if windows is None else model.pe(windows, which, self.args.windows == "counted")
+        return model(batch[:, :-1], batch[:, 1:], signals)
 
-    def windows(self, split, T):
+    def excerpts(self, split, T):
         """(n_evaluated, T + 1) characters of a split, which end at the same places for every T."""
         text = self.splits[split]
         ends = torch.linspace(self.sizes[-1] + 1, len(text), self.n_evaluated, dtype=torch.float64).long()
@@ -176,7 +176,7 @@ class Text:
     def predict(self, model, text):
         """The logits (n, L, vocab_size) of the last L = block_size characters of text (n, T + 1)."""
         T, L, signals = text.size(1) - 1, self.args.block_size, None
-        if model.config.pe == "learned" and T > L:      # the table has nothing to say beyond: it is stretched
+        if T > model.pe.max_position:       # a table of the training window alone is stretched
             signals = model.pe.interpolate((T,))
         batches = text[:, :-1].to(self.args.device).split(max(1, 16384 // (T + 1)))
         return torch.cat([model(batch, signals=signals)[0][:, -L:].cpu()
@@ -184,36 +184,29 @@ class Text:
 
     def score(self, model, split, T):
         """The loss on the last block_size characters of T, in nats per character."""
-        text = self.windows(split, T)
+        text = self.excerpts(split, T)
         logits = self.predict(model, text)
         return F.cross_entropy(logits.flatten(0, 1), text[:, -self.args.block_size:].flatten()).item()
 
     @torch.no_grad()
-    def show(self, model, seed, n_likeliest=20, temperature=0.8):
+    def show(self, model):
         """A sample longer than the training context, where the encoding can."""
-        longest = min(2 * self.args.block_size, model.pe.max_position or math.inf)
+        longest = min(2 * self.args.block_size, model.pe.max_position)
         idx = self.prompt[-max(1, longest // 2):].unsqueeze(0).to(self.args.device)
-        generator = torch.Generator(self.args.device).manual_seed(seed)
         while idx.size(1) < longest:        # each token costs a pass over all of the text
-            logits, tokens = model(idx)[0][:, -1].float().topk(min(n_likeliest, len(self.characters)))
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            idx = torch.cat([idx, tokens.gather(-1, chosen)], dim=1)
+            probabilities = (model(idx)[0][:, -1].float() / 0.8).softmax(-1)
+            idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
         print("\n" + "".join(self.characters[i] for i in idx[0]))
 
 
 class Recall(Text):
     """Records such as @ab=731 in real text; at its end their keys are asked for again, in another order."""
-    defaults = dict(steps=1200, lr=1e-3)
+    defaults = dict(steps=(1200, 1200), lr=(1e-3, 1e-3))
     tables = {"Right answers in %, by characters of context": {}}
     form, n_evaluated = ".1f", 256
     size, n_records = len("@ab=731"), 3
     questions = torch.arange(-n_records * size, 0).view(n_records, size)    # where they are, from the end
-    answers = questions[:, -3:]
-
-    def __init__(self, args):
-        if args.block_size < 2 * self.questions.numel():
-            raise ValueError(f"--data recall needs a --block-size of at least {2 * self.questions.numel()}")
-        super().__init__(args)
+    answers, least = questions[:, -3:], 2 * questions.numel()
 
     def ask(self, text, generator, n_different=n_records):
         """Write n_different records over text (B, T + 1), and the same in another order over its end."""
@@ -237,102 +230,84 @@ class Recall(Text):
         return self.ask(super().batch(generator), generator, n_different)
 
     def loss(self, model, batch, windows, which):
-        """That of the answers and the language model's: an answer's character counts 15 times any other's."""
+        """In that of the text, an answer's character counts 1 + T / 9 times any other's."""
         batch = batch.to(self.args.device)
-        logits, loss = model(batch[:, :-1], batch[:, 1:], self.signals(model, windows, which))
-        return loss + F.cross_entropy(logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten())
+        logits, loss = super().loss(model, batch, windows, which)
+        asked = logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten()
+        return logits, loss + F.cross_entropy(*asked)
 
     def score(self, model, split, T):
         """The share of answers, in %, of which greedy decoding would write all three digits."""
-        text = self.ask(self.windows(split, T), torch.Generator().manual_seed(T))
+        text = self.ask(self.excerpts(split, T), torch.Generator().manual_seed(T))
         logits = self.predict(model, text)
         right = (logits[:, self.answers].argmax(-1) == text[:, self.answers]).all(-1)       # (n, n_records)
         return right.float().mean().item() * 100
 
 
-# ---- Files ------------------------------------------------------------------------------------------------
-
-def path_of(args, names, seeds, end):
-    """Where a file of this command lies. A long name is cut; a checksum of it keeps commands apart."""
-    name = f"{Path(args.data).name}-{names}{args.name}-seed{','.join(map(str, seeds))}"
-    if len(name.encode()) > 150:
-        name = name.encode()[:140].decode(errors="ignore") + f"-{zlib.crc32(name.encode()):08x}"
-    return args.out / (name + end)
-
-
-def write_file(path, data):
-    """Write to a name of this process alone, then move into place: path is never half written."""
-    path = Path(os.path.realpath(path))     # a symbolic link stays one; resolve() fails where links circle
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())     # or a power cut may leave the name without the content
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint(path, settings, model=None, optimizer=None, data=None):
-    """The step of the checkpoint at path, of a run with our settings; with a model, it goes on from there."""
-    try:
-        if zipfile.ZipFile(path).testzip():         # torch does not look at the checksums
-            raise ValueError
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, step, (cpu, batches, *cuda) = found["settings"], int(found["step"]), found["random"]
-        different = [name for name in settings if theirs[name] != settings[name]]
-        if model and not different:
-            model.load_state_dict(found["model"])
-            optimizer.load_state_dict(found["optimizer"])
-            torch.set_rng_state(cpu)
-            data.set_state(batches)
-            torch.cuda.set_rng_state_all(cuda)
-    except Exception:       # whatever a damaged or foreign file makes zipfile and torch say
-        raise ValueError(f"{path}: no checkpoint of this script, or damaged; use another --out") from None
-    for name in different:
-        raise ValueError(f"{path}: {name} is {theirs[name]} there, {settings[name]} here; use another --out")
-    return step
-
-
 # ---- Training ---------------------------------------------------------------------------------------------
 
 def training_loss(task, model, batch, args):
-    """The model's loss, and SeqPE's two. A step has eight windows of positions; some are at random places."""
-    encoder, windows, which = model.pe.encoder, None, None
-    chance = torch.rand(()).item() < args.shift_prob if args.shift_whole else args.shift_prob
-    n_shifted = round(8 * chance)
-    if encoder and n_shifted:
-        windows = place_windows(model.shape, 8, encoder.max_position, args.pieces)          # (8, T, n_dim)
-        windows[n_shifted:] = window(model.shape)
-        which = (torch.arange(args.batch_size) * 8 + 7) // args.batch_size  # sequences share them, evenly
+    """The model's loss, and SeqPE's two. Every encoding but nope gets the same kind of windows."""
+    pieces, windows, which = WINDOWS[args.windows], None, None
+    share = torch.rand(()).item() < args.shift_prob if args.shift_steps else args.shift_prob
+    n_moved = round(8 * share) if pieces and model.encoding != "nope" else 0
+    if n_moved:
+        windows, which = training_windows(model.shape, args.batch_size, model.pe.max_position, n_moved,
+                                          pieces)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-        loss = task.loss(model, batch, windows, which)
-    if not encoder:
+        _, loss = task.loss(model, batch, windows, which)
+    if model.encoding != "seqpe":
         return loss, 0.0
-    distill_weight = args.distill_weight if args.distill_shifted or not n_shifted else 0.0
-    return loss, position_regularizers(encoder, model.shape, 0.1, distill_weight, paper=args.paper_groups)
+    distill_weight = 0.0 if args.shift_steps and n_moved else args.distill_weight
+    return loss, model.pe.loss(contrast_weight=args.contrast_weight, distill_weight=distill_weight,
+                               paper=args.paper_groups)
 
 
-def train(task, pe, seed, path, settings):
+def write_file(path, data):
+    """path is never half written, and a full disk leaves what was there."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def resume(path, settings, model, optimizer, data):
+    """Go on from the checkpoint at path: the number of steps that are done."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if different := [name for name in settings if found["settings"].get(name) != settings[name]]:
+            raise ValueError(f"it is of another {', '.join(different)}")
+        step, (cpu, batches, *cuda) = int(found["step"]), found["random"]
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        torch.set_rng_state(cpu)
+        data.set_state(batches)
+        torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])
+    except Exception as error:      # whatever a damaged or foreign file makes torch say
+        raise ValueError(f"{path}: cannot go on from it, use another --out: {error}") from None
+    print(f"{path}: {'finished' if step == settings['steps'] else f'going on from step {step}'}")
+    return step
+
+
+def train(task, pe, seed, path):
     """Train an encoding, or go on with it at path, where it is saved every 100 steps; returns the model."""
     args, first = task.args, 0
+    settings = args.settings | {"pe": pe, "seed": seed, "checksum of the data": task.checksum}
     torch.manual_seed(seed)
     data = torch.Generator().manual_seed(seed)          # the same batches for every encoding
     model = task.model(pe).to(args.device)
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    # ours: optimiser and rates. An encoding's gradient is clipped apart, as either may be much the larger.
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # ours, as are the rates
+    # As in the paper, an encoding's gradient is clipped apart (there SeqPE's at 5, and W with the model).
     of_pe, of_model = [*model.pe.parameters()], [p for n, p in model.named_parameters() if n[:3] != "pe."]
     if path.exists():
-        first = read_checkpoint(path, settings, model, optimizer, data)
-        print(f"{path}: {'finished' if first == args.steps else f'going on from step {first}'}")
-    elif model.pe.encoder and args.pretrain_steps:
-        pretrain_encoder(model.pe.encoder, model.shape, args.pretrain_steps,
-                         progress=lambda steps: tqdm(steps, "encoder"))
+        first = resume(path, settings, model, optimizer, data)
+    elif pe == "seqpe":
+        model.pe.pretrain(args.pretrain_steps, progress=lambda steps: tqdm(steps, "encoder"))
 
     bar = tqdm(range(first, args.steps), pe, args.steps, initial=first, mininterval=1)
     for step in bar:
@@ -350,8 +325,8 @@ def train(task, pe, seed, path, settings):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise ValueError(f"{pe} at step {step + 1}: weights that are not finite; try a smaller --lr")
             random = [torch.get_rng_state(), data.get_state(), *torch.cuda.get_rng_state_all()]
-            found = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), random=random)
-            torch.save(found | dict(settings=settings, step=step + 1), buffer := io.BytesIO())
+            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), random=random,
+                            settings=settings, step=step + 1), buffer := io.BytesIO())
             write_file(path, buffer.getbuffer())
             val = task.score(model.eval(), "val", task.sizes[0])
             bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{val:{task.form}}")
@@ -361,22 +336,6 @@ def train(task, pe, seed, path, settings):
 
 # ---- What is shown at the end -----------------------------------------------------------------------------
 
-def over_seeds(rows):
-    """{encoding: [scores of each seed]} -> {encoding: [(mean, standard deviation) of each score]}"""
-    return {pe: [(statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
-                 for each in zip(*seeds)] for pe, seeds in rows.items()}
-
-
-def table(title, form, columns, rows):
-    """As Markdown, mean ± standard deviation."""
-    lines = [title, "", f"{'encoding':<10}" + "".join(f" | {column:>11}" for column in columns),
-             "---" + " | ---" * len(columns)]
-    for pe, row in over_seeds(rows).items():
-        cells = [f"{mean:{form}}" + f"±{deviation:{form}}" * (len(rows[pe]) > 1) for mean, deviation in row]
-        lines.append(f"{pe:<10}" + "".join(f" | {cell:>11}" for cell in cells))
-    return "\n".join([*lines, ""])
-
-
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 250"><style>
 text { font: 12px sans-serif; fill: #59636e } polyline, path { fill: none; stroke: #818b98 }
 .us polyline, .us path { stroke: #d1242f; stroke-width: 3 } .us text { fill: #d1242f; font-weight: bold }
@@ -385,40 +344,47 @@ text { font: 12px sans-serif; fill: #59636e } polyline, path { fill: none; strok
 <path class="tick" d="M36,40H216M36,120H216M36,200H216"/>"""
 
 
-def chart(title, columns, rows):
-    """The same as an SVG: a line through the means, a bar for the deviation, SeqPE's in red."""
-    found, (title, _, axis) = over_seeds(rows), title.partition(", by ")
-    ends = [score for row in found.values() for mean, d in row for score in (mean - d, mean + d)]
+def report(title, form, columns, rows, path):
+    """Print rows, {encoding: [scores of each seed]}, as a table in Markdown; write it and a chart to path."""
+    found = {pe: [(statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
+                  for each in zip(*seeds)] for pe, seeds in rows.items()}
+    print(f"\n{title}\n\nencoding  " + "".join(f" | {column:>11}" for column in columns))
+    print("---" + " | ---" * len(columns))
+    for pe, row in found.items():
+        cells = [f"{mean:{form}}" + f"±{d:{form}}" * (len(rows[pe]) > 1) for mean, d in row]
+        print(f"{pe:<10}" + "".join(f" | {cell:>11}" for cell in cells))
+    write_file(f"{path}.json", json.dumps({"columns": columns, title: rows}).encode())
+
+    # The chart: a line through the means, a bar for the deviation, SeqPE's in red.
+    title, _, axis = title.partition(", by ")
+    ends = [end for row in found.values() for mean, d in row for end in (mean - d, mean + d)]
     low, high = (0, 100) if "%" in title else (min(ends), max(ends))
-    scale, step, name_at = 160 / (high - low or 1), 180 / max(1, len(columns) - 1), math.inf
+    scale, step, name_at = 160 / (high - low or 1), 180 / max(1, len(columns) - 1), 0
     texts = [("start", 8, 16, title), ("middle", 126, 244, axis)]
     texts += [("middle", 36 + i * step, 222, column) for i, column in enumerate(columns)]
     texts += [("end", 30, y + 4, f"{low + (200 - y) / scale:.3g}") for y in (40, 120, 200)]
     svg = [SVG, *(f'<text text-anchor="{end}" x="{x}" y="{y}">{text}</text>' for end, x, y, text in texts)]
-    for n, (pe, row) in enumerate(sorted(found.items(), key=lambda each: each[1][-1])):         # from below
+    for n, (pe, row) in enumerate(sorted(found.items(), key=lambda each: -each[1][-1][0])):     # from above
         points = [(36 + i * step, 200 - scale * (mean - low), scale * d) for i, (mean, d) in enumerate(row)]
-        name_at = min(points[-1][1] + 4, name_at - 13)                                      # names make way
+        name_at = max(name_at + 13, min(points[-1][1] + 4, 217 - 13 * (len(found) - n)))    # names make way
         line = " ".join(f"{x:.0f},{y:.1f}" for x, y, _ in points)
         bars = "".join(f"M{x + 2 * n - 5:.0f},{y - d:.1f}V{y + d:.1f}" for x, y, d in points)   # side by side
         svg.append(f'<g class="{"us" * (pe == "seqpe")}"><polyline points="{line}"/><path d="{bars}"/>'
                    f'<text x="222" y="{name_at:.1f}">{pe.replace("nope", "none")}</text></g>')
-    return "\n".join([*svg, "</svg>", ""])
+    write_file(f"{path}.svg", "\n".join([*svg, "</svg>", ""]).encode())
 
 
 @torch.no_grad()
-def heat_map(encoder, size=32):
-    """e_i . e_j as pictures: in the training window, and across the longest carry of the digits."""
-    size = min(size, encoder.max_position)
-    carry = min(encoder.base ** (encoder.n_digits - 1) - size // 2, encoder.max_position - size)
-    pictures = []
-    for start in sorted({0, max(0, carry)}):        # one, where that is all there is
-        e = encoder(torch.arange(start, start + size).unsqueeze(-1).expand(-1, encoder.n_dim)).cpu()
+def heat_map(encoder):
+    """e_i . e_j, dark where small, as two pictures: from zero on, and across the longest carry, as of 999."""
+    carry = 10 ** (encoder.n_digits - 1)
+    half = min(8, carry, encoder.max_position - carry)
+    for start in (0, carry - half):
+        e = encoder(start + window((2 * half,)).expand(-1, encoder.n_dim)).cpu()
         dots = e @ e.T
-        grey = (dots - dots.min()) / (dots.max() - dots.min()).clamp(min=1e-9)
-        shade = (2 * (grey[:-1:2] + grey[1::2])).round().int()      # a character is two rows high
-        title = f"e_i . e_j, {start} to {start + size - 1}".ljust(size)
-        pictures.append([title, *("".join(" ░▒▓█"[i] for i in row) for row in shade)])
-    return "\n".join(map("  ".join, zip(*pictures)))
+        shade = (4 * (dots - dots.min()) / (dots.max() - dots.min())).round().int()
+        print(f"\ne_i . e_j, {start} to {start + 2 * half - 1}")
+        print("\n".join("".join(2 * " ░▒▓█"[i] for i in row) for row in shade))
 
 
 # ---- All of it --------------------------------------------------------------------------------------------
@@ -427,63 +393,56 @@ def run_all(Task, args):
     """Train each encoding with each seed -> {title of a table: {encoding: [scores of each seed]}}"""
     torch.set_float32_matmul_precision("high")      # TF32 on CUDA
     torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
-    args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()    # a folder that cannot be written to is found out now
-    task, results = Task(args), {}
-    runs = [(pe, seed, path_of(args, pe, [seed], ".pt"), {**args.options, "pe": pe, "seed": seed,
-            "checksum of the data": task.checksum}) for seed in args.seed for pe in args.pe]
-    for pe, _, path, settings in runs:  # what is wrong with any is said before the first is trained
-        with torch.device("meta"):      # no memory is needed yet
-            task.model(pe)
+    out, task, results = Path(args.out), Task(args), {title: {} for title in Task.tables}
+    out.mkdir(parents=True, exist_ok=True)
+    name = lambda pe, seed: out / f"{Path(args.data).name}-{pe}{args.name}-seed{seed}"
+    shown = f"{name(','.join(args.pe), ','.join(args.seed))}{'-val' * (args.split == 'val')}"
+    runs = [(pe, int(seed), Path(f"{name(pe, seed)}.pt")) for seed in args.seed for pe in args.pe]
+    probe = Path(f"{shown}-0.json.tmp")     # a closed folder, or a name too long, is found out now
+    probe.touch()
+    probe.unlink()
+    for pe, _, path in runs:                # and so is what is wrong with any model
+        model = task.model(pe)
+        model.pe(window(model.shape))
         if path.exists() and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on or shows it again, another --out starts anew")
-        if path.exists():
-            read_checkpoint(path, settings)
-    try:
-        for pe, seed, path, settings in runs:
-            model = train(task, pe, seed, path, settings)
-            for title, how in task.tables.items():
-                scores = [task.score(model, args.split, size, **how) for size in task.sizes]
-                results.setdefault(title, {}).setdefault(pe, []).append(scores)
-            task.show(model, seed)
-            if model.pe.encoder:
-                print(heat_map(model.pe.encoder))
-    finally:        # when stopped, too: what is finished
-        for title, rows in results.items():
-            print("\n" + table(title, task.form, task.sizes, rows))
-    names, end = ",".join(args.pe), "-val" * (args.split == "val")
-    for i, (title, rows) in enumerate(results.items()):
-        svg, record = chart(title, task.sizes, rows), {"columns": task.sizes, title: rows, **vars(args)}
-        path = path_of(args, names, args.seed, end + f"-{i}" * (i > 0) + ".svg")
-        write_file(path, svg.encode())
-        write_file(path.with_suffix(".json"), json.dumps(record, default=str).encode())
+    for pe, seed, path in runs:
+        model = train(task, pe, seed, path)
+        task.show(model)
+        if pe == "seqpe":
+            heat_map(model.pe.encoder)
+        for i, (title, how) in enumerate(task.tables.items()):      # what is finished, after each run
+            scores, rows = [task.score(model, args.split, T, **how) for T in task.sizes], results[title]
+            rows.setdefault(pe, []).append(scores)
+            report(title, task.form, task.sizes, rows, f"{shown}-{i}")
     return results
 
 
 def bench(args, n_rounds=5):
     """Median milliseconds of a training step and of reading, and as multiples of the last encoding's."""
+    if args.data == "recall":
+        raise ValueError("--bench measures text alone: leave --data recall out")
     args.reach = 64
     task, data = Text(args), torch.Generator().manual_seed(0)
     models = {pe: task.model(pe).to(args.device) for pe in args.pe}
     for T in (0, *task.sizes[::2]):         # a step of training, then reading T characters
         times = {pe: [] for pe in models}
-        for _ in range(n_rounds + 1):       # in turns: a drifting machine favours none; the first warms up
-            for pe, model in models.items():
-                began = timer()
-                if T:
-                    task.predict(model, torch.zeros(1, T + 1, dtype=torch.long))
-                else:
-                    sum(training_loss(task, model, task.batch(data), args)).backward()
-                    model.zero_grad()
-                times[pe].append(1000 * (timer() - began))
-        median = {pe: statistics.median(each[1:]) for pe, each in times.items()}
+        for pe, model in [*models.items()] * (n_rounds + 1):    # in turns: a drifting machine favours none
+            began = timer()
+            if T:
+                task.predict(model, torch.zeros(1, T + 1, dtype=torch.long))
+            else:
+                sum(training_loss(task, model, task.batch(data), args)).backward()
+                model.zero_grad()
+            times[pe].append(1000 * (timer() - began))
+        median = {pe: statistics.median(each[1:]) for pe, each in times.items()}        # the first warms up
         print(f"{f'read {T}' if T else 'step':<12}" + "".join(
             f"{pe:>12} {t:9.1f} ms ({t / median[args.pe[-1]]:.2f}x)" for pe, t in median.items()))
 
 
 def main(argv=None):
-    options = {"block_size": (128, 1, 65536, "training length, in characters"),
-               "reach": (16, 1, 1024, "how many times that length is read at the end")}
+    options = {"block_size": (128, 128, 1, "training length, in characters"),
+               "reach": (16, 16, 1, "how many times that length is read at the end, a power of two")}
     more = {"--sample": dict(metavar="PROMPT", help="what the sample at the end goes on from"),
             "--bench": dict(action="store_true", help="measure speed instead")}
     args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, more)
@@ -492,15 +451,15 @@ def main(argv=None):
 
 def run_script(main):
     """What goes wrong is one line."""
-    sys.stdout.reconfigure(errors="replace")        # a console may not have all characters
+    if isinstance(sys.stdout, io.TextIOWrapper):    # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")    # a console may not have all characters
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         said = str(error).partition("\n")[0] or "out of memory: try smaller sizes"
-        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
-        sys.exit(2)
+        argparse.ArgumentParser(usage=argparse.SUPPRESS).error(said)
     except KeyboardInterrupt:
         print("\nstopped: --resume goes on from the last of every 100 steps", file=sys.stderr)
         sys.exit(130)
