@@ -46,6 +46,13 @@ class Signal(NamedTuple):
     extend: torch.Tensor | None = None      # (B, 2, H, T, E/H)  q_i . k_j + extend_i . extend_j
 
 
+def _rotate(x, cos_sin):
+    """Turn the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by an angle each, for RoPE."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos_sin.to(x.device).unbind(-4)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
+
+
 def attend(q, k, v, eq=None, ek=None, mask=None, causal=True):
     """F.scaled_dot_product_attention with positions: the logits are (q_i . k_j + eq_i . ek_j) / sqrt(D).
 
@@ -100,10 +107,8 @@ class Attention(nn.Module):
         if signal.add is not None:
             add_q, add_k = signal.add.type_as(q).unbind(-4)
             q, k = q + add_q, k + add_k
-        if signal.rotate is not None:   # the pairs (x_i, x_{i + D/2}) of q and k are turned
-            cos, sin = signal.rotate.to(q.device).unbind(-4)
-            q, k = (torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(q)
-                    for x1, x2 in (q.chunk(2, dim=-1), k.chunk(2, dim=-1)))
+        if signal.rotate is not None:
+            q, k = _rotate(q, signal.rotate), _rotate(k, signal.rotate)
         eq, ek = (None, None) if signal.extend is None else signal.extend.unbind(-4)
         y = attend(q, k, v, eq, ek, causal=self.causal and not last_only)                      # (B, H, T, D)
         return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
