@@ -1458,7 +1458,8 @@ def test_heat_map_is_a_picture_of_the_dot_products(capsys):
     for start, picture in zip((0, 9992), capsys.readouterr().out[1:].split("\n\n"), strict=True):
         e = encoder(torch.arange(start, start + 16).unsqueeze(-1))
         grey = e @ e.T - (e @ e.T).min()
-        lines = ["".join(2 * " ░▒▓█"[i] for i in row) for row in (4 * grey / grey.max()).round().int()]
+        shades = (4 * grey / grey.max()).round().int()
+        lines = ["".join(2 * " ░▒▓█"[i] for i in row) for row in shades]
         assert picture.splitlines() == [f"e_i . e_j, {start} to {start + 15}", *lines]
     train_lm.heat_map(SeqPE(8, 2, n_dim=2, max_position=11))
     assert re.findall("e_j, (.*)", capsys.readouterr().out) == ["0 to 1", "9 to 10"]
