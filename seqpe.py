@@ -41,7 +41,6 @@ class Signal(NamedTuple):
     """
     input: torch.Tensor | None = None       # (B, T, C)          x_i + input_i
     mul: torch.Tensor | None = None         # (B, 2, H, T, D)    q_i * mul_i, k_j * mul_j
-    add: torch.Tensor | None = None         # (B, 2, H, T, D)    q_i + add_i, k_j + add_j
     rotate: torch.Tensor | None = None      # (B, 2, H, T, D/2)  q_i and k_j turned by an angle
     extend: torch.Tensor | None = None      # (B, 2, H, T, E/H)  q_i . k_j + extend_i . extend_j
 
@@ -104,9 +103,6 @@ class Attention(nn.Module):
         if signal.mul is not None:
             mul_q, mul_k = signal.mul.type_as(q).unbind(-4)
             q, k = q * mul_q, k * mul_k
-        if signal.add is not None:
-            add_q, add_k = signal.add.type_as(q).unbind(-4)
-            q, k = q + add_q, k + add_k
         if signal.rotate is not None:
             q, k = _rotate(q, signal.rotate), _rotate(k, signal.rotate)
         eq, ek = (None, None) if signal.extend is None else signal.extend.unbind(-4)
@@ -134,7 +130,9 @@ class Block(nn.Module):
 
 
 def _init_weights(module):
-    """GPT-2's initialisation."""
+    """GPT-2's initialisation, of [CLS] as of the symbols."""
+    if isinstance(module, SeqPE):
+        nn.init.normal_(module.cls, std=0.02)
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -150,7 +148,7 @@ class SeqPE(nn.Module):
     n_head: heads of the encoder, and of the attention that uses e_p. n_dim: how many coordinates a position
     has, each 0 to max_position - 1. ours: that is a hard limit (in the paper only losses and shifting stop
     there); choose little more than your longest input, as the losses have to order every position below it.
-    ours: no dropout (the paper 0.1 or 0.3), and head_norm, the length of e_p in each head, if given.
+    ours: dropout is 0 (the paper 0.1 or 0.3), and head_norm, if given, is the length of e_p in each head.
     """
 
     def __init__(self, pe_embd, n_head=4, n_dim=1, max_position=20_000, dropout=0.0, head_norm=None):
@@ -167,18 +165,14 @@ class SeqPE(nn.Module):
         self.blocks = nn.ModuleList(Block(pe_embd, n_head, True, dropout, "tanh") for _ in range(2))
         self.ln = nn.LayerNorm(pe_embd)
         self.proj = nn.Linear(pe_embd, pe_embd)
-        self.reset_parameters()
-
-    def reset_parameters(self):
         self.apply(_init_weights)
-        nn.init.normal_(self.cls, std=0.02)
 
     def forward(self, positions):
         """positions: (..., n_dim) integers -> e_p: (..., pe_embd)."""
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
-        # Checked on a CPU alone, as Python would wait for a GPU; and not while torch compiles. Elsewhere
-        # numbers from max_position on pass unseen, as far as the digits can write them.
+        # On a CPU alone, as Python would wait for a GPU; and not while torch compiles. Elsewhere numbers from
+        # max_position on pass unseen, as far as the digits can write them.
         if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
             lowest, highest = int(positions.min()), int(positions.max())
             if lowest < 0 or highest >= self.max_position:
@@ -228,8 +222,8 @@ def place_windows(shape, n_moved, max_position, max_pieces=4):
 def training_windows(shape, n_sequences, max_position, n_moved=4, max_pieces=4):
     """Positions for a training step: windows (n_moved + 1, T, n_dim), and which of them each sequence has.
     ours: of eight sequences n_moved have a moved window each, the others the plain one, 0 to T - 1. The next
-    eight have the same ones, so that the encoder reads few positions. The paper: in a random tenth of the
-    steps all 32 texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD.
+    eight have the same ones, as the encoder has to read them. The paper: in a random tenth of the steps all
+    32 texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD.
     """
     windows = place_windows(shape, n_moved, max_position, max_pieces)
     which = torch.randperm(8).clamp(max=n_moved)        # 0 1 2 3 4 4 4 4, shuffled
@@ -238,20 +232,16 @@ def training_windows(shape, n_sequences, max_position, n_moved=4, max_pieces=4):
 
 def count_channels(windows, head_dim):
     """ours: keys before a gap stand in for those skipped. Torn windows (B, T, 1) -> (B, 2, 1, T, 8), to be
-    appended to eq and ek.
+    appended to eq and ek. Channel r has a 1 for the queries that come after piece r, and for its keys a log:
 
-    A piece of 32 keys before a gap of 968 positions stands for the 1,000 keys of a long text. So for queries
-    after the gap log(1000 / 32) is added to the logit of each (sampled softmax). Without it, heads that look
-    far meet only T keys in training, and drown among thousands later. But a head that looks for one key would
-    find it 31 times, where a long text has it once: so only a random share is added, 0 to 1 for each window.
-    Channel r has this log for the keys of piece r, and a 1 for the queries of later pieces. No gap follows
-    the last piece, so 8 channels are for 9 pieces; and GPU kernels like multiples of 8.
+    A piece of 32 keys before a gap of 968 stands for the 1,000 keys of a long text: log(1000 / 32) is added
+    to the logit of each (sampled softmax). Without it, heads that look far meet only T keys in training, and
+    drown among thousands later. But a head that looks for one key would find it 31 times, where a long text
+    has it once: so only a random share of the log is added, 0 to 1 for each window.
     """
-    if windows.dim() != 3 or windows.size(-1) != 1:
-        raise ValueError(f"counting is for text, (B, T, 1), not for windows of {tuple(windows.shape)}")
     skipped = (windows.diff(dim=1) - 1).clamp(min=0)                    # (B, T - 1, 1): 0 0 968 0 ...
     piece = F.pad(skipped > 0, (0, 0, 1, 0)).cumsum(1)                  # (B, T, 1):     0 0 0 1 1 ...
-    channel = torch.arange(8, device=windows.device)
+    channel = torch.arange(8, device=windows.device)    # for up to 9 pieces; GPUs like multiples of 8
     is_own, is_later = piece == channel, piece > channel                # (B, T, 8)
     gap = (is_own * F.pad(skipped, (0, 0, 0, 1))).sum(1, keepdim=True)  # (B, 1, 8), after each piece
     n_keys = is_own.sum(1, keepdim=True).clamp(min=1)                   # at least 1, where there is no piece
@@ -271,8 +261,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
     Not among the j: i itself, duplicates of i or c, and (ours, always:) others exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
-    group is its pivot, and all of e is compared. ours: all are pivots in turn, and heads are compared apart,
-    with a mean over both.
+    group is its pivot, and all of e is compared. ours: all are pivots in turn, in each head; a mean of both.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -295,13 +284,12 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
 
         way      candidates                                         paper: text    images    ours
         plain    from all positions                                        0       0.5       0.2
-        hard     plain, but some are decoys                                0.4     0.3       0
+        hard     plain, but a quarter (images: a fifth) are decoys         0.4     0.3       0
         box      from a small box: close numbers are told apart            0.6     0.2       0.8
 
-    The paper's box has 256 or 17 x 17 positions, and is mostly far from the pivot; of a hard group a quarter
-    (images: a fifth) are drawn as decoys. ours: the box is around the pivot and mostly small, as plain
-    candidates hardly teach a distance of 1: of 32 drawn below 2,048 the nearest is about 32 away. ours,
-    always: the paper's box of images is 16 x 16 here; positions may repeat.
+    The paper's box has 256 or 17 x 17 positions, and is mostly far from the pivot. ours: it is around the
+    pivot and mostly small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the
+    nearest is about 32 away. ours, always: for images 256 is 16 x 16; and positions may repeat.
     """
     n_dim, max_position = encoder.n_dim, encoder.max_position
     pivots = torch.randint(max_position, (n_groups, 1, n_dim))
@@ -338,10 +326,9 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         swap it with the 6   5 7 6 8 9      or with any other
         replace it by a 3    5 6 3 8 9      or by any other digit
 
-    (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row. The paper edits
-    the number without zeros in front; the digits of two coordinates are joined, and cut at random afterwards.
-    Where an edit gives the pivot or passes the limit, the paper draws another. Here sample_groups drops it:
-    of 8 decoys for text about 4 stay, in the paper 7.
+    (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
+    the number without zeros in front, two coordinates joined and cut at random afterwards. And sample_groups
+    drops what is no decoy, where the paper draws again: of 8 for text about 4 stay, in the paper 7.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
     digits = digits.unsqueeze(1).repeat(1, n_negatives, 1)                              # (P, n_negatives, K)
@@ -363,43 +350,20 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
     return (digits.unflatten(-1, (encoder.n_dim, -1)) * place_values).sum(-1)
 
 
-def distillation_loss(e_teacher, e_students, n_head, paper=False):
+def distillation_loss(e, n_head, paper=False):
     """L_OOD: a window elsewhere (student) gets the inner geometry of the training window (teacher).
 
         t_ij = softmax over j of e_i . e_j  for m positions of the teacher, s_ij for those of a student
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
-    e_teacher: (m, E), which receives no gradient; e_students: (n_students, m, E) -> scalar: a mean over the
-    students and heads, too, as in the paper. ours: the sum over j, as in a KL. The paper has the mean over j,
-    m times less.
+    e: (n_students + 1, m, E), the teacher's last, which receive no gradient -> scalar: a mean over students
+    and heads, too, as in the paper. ours: the sum over j, as in a KL; the paper's mean is m times less.
     """
-    e = torch.cat([e_teacher.detach().unsqueeze(0), e_students])
-    e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                           # (1 + n_students, H, m, E/H)
-    logs = F.log_softmax(e @ e.transpose(-2, -1), dim=-1)                       # (1 + n_students, H, m, m)
-    teacher, students = logs[:1], logs[1:]
+    e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                           # (n_students + 1, H, m, E/H)
+    logs = F.log_softmax(e @ e.transpose(-2, -1), dim=-1)                       # (n_students + 1, H, m, m)
+    students, teacher = logs[:-1], logs[-1:].detach()
     rows = ((teacher.exp() - students.exp()) * (teacher - students)).sum(-1)        # (n_students, H, m)
     return rows.mean() / (rows.size(-1) if paper else 1)
-
-
-def position_regularizers(encoder, shape, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
-    """contrast_weight * L_delta + distill_weight * L_OOD, a scalar: what a step adds to the model's loss.
-    shape: the training window, (T,) or (h, w). Both weights are the paper's. n_groups is ignored with paper.
-    ours, always: students lie anywhere, and all are compared at the same m of their T places, at random.
-    The paper draws the m for each student, and has students at T / 4 or later (images: beyond the teacher).
-    """
-    n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
-    if paper:       # its numbers, for each GPU
-        n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if len(shape) == 1 else (32, 64, 32, 64)
-    groups = sample_groups(encoder, n_groups, n_candidates, paper)                      # (P, 1 + M, n_dim)
-    windows = place_windows(shape, n_students, encoder.max_position, max_pieces=1)
-    windows = windows[:, torch.randperm(windows.size(1))[:m]]               # (n_students + 1, m, n_dim)
-    # All are read in one call, as in the paper: on a GPU that halves the number of kernels to start.
-    e = encoder(torch.cat([groups.flatten(0, 1), windows.flatten(0, 1)]))
-    e_groups, e_windows = e.split([groups[..., 0].numel(), windows[..., 0].numel()])
-    e_groups, e_windows = e_groups.unflatten(0, groups.shape[:2]), e_windows.unflatten(0, windows.shape[:2])
-    near = contrastive_loss(e_groups, groups.to(e.device), encoder.n_head, paper)
-    far = distillation_loss(e_windows[-1], e_windows[:-1], encoder.n_head, paper)
-    return contrast_weight * near + distill_weight * far
 
 
 # ---- 6. Position encodings: positions in, Signals out -----------------------------------------------------
@@ -522,8 +486,8 @@ class LearnedPE(EmbeddingPE):
 
 
 class SinusoidalPE(EmbeddingPE):
-    """Vaswani et al. 2017. ours: with several dimensions each has its share of the channels; and a learned
-    gain, 0.1 at first, as tokens start at 0.02 and would stay unread beside larger vectors.
+    """Vaswani et al. 2017. ours: each dimension has its share of channels; and a learned gain, 0.1 at first,
+    as tokens start at 0.02 and would stay unread beside larger vectors.
     """
 
     def __init__(self, *args, **kwargs):
@@ -540,38 +504,36 @@ class SinusoidalPE(EmbeddingPE):
 
 
 class SequentialPE(EmbeddingPE):
-    """SeqPE. There are three ways for e_p to enter attention, called fusion:
+    """SeqPE. There are two ways for e_p to enter attention, called fusion, with [eq, ek] = W e_p + b:
 
         scalar  a number, eq_i . ek_j, is added to q_i . k_j; one W for all layers
         mul     q_i * eq_i and k_j * ek_j, a W for each layer
-        add     q_i + eq_i and k_j + ek_j, a W for each layer
 
-    with [eq, ek] = W e + b. All are in the authors' code, which has scalar for text and mul for images. There
-    e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: W starts
-    as the identity for mul; for scalar and add so that eq_i . ek_j / sqrt(D) is g * e_i . e_j, which L_delta
-    makes fall with distance. g is 1 in the first head and 1/64 in the last of four: some begin by looking
-    nearby, some everywhere. ours: for scalar e_p is narrow, of size pe_embd, 8 channels a head if not given,
-    as attention pays for each of them.
+    The authors have scalar for text and mul for images; their code can do q_i + eq_i and k_j + ek_j, too.
+    There e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: W
+    starts as the identity for mul, and for scalar so that eq_i . ek_j / sqrt(D) is g * e_i . e_j, which
+    L_delta makes fall with distance. g is 1 in the first head and 1/64 in the last of four: some begin by
+    looking nearby, some everywhere. ours: for scalar e_p is narrow, as attention pays for its size, pe_embd.
     """
 
     def __init__(self, n_head, head_dim, shape, max_position, n_layer=1, class_token=False, fusion="scalar",
                  pe_embd=None, head_norm=6.0, diagonal_maps=True, pe_dropout=0.0):
-        size = (pe_embd or 8 * n_head) if fusion == "scalar" else n_head * head_dim
+        size = (pe_embd or 8 * n_head) if fusion == "scalar" else n_head * head_dim     # E
         super().__init__(n_head, head_dim, shape, max_position, n_layer, class_token, size=size)
         self.encoder = SeqPE(size, n_head, n_dim=self.n_dim, max_position=max_position, dropout=pe_dropout,
                              head_norm=head_norm)
-        self.fusion, self.diagonal_maps = fusion, diagonal_maps
-        n_maps = {"scalar": 1, "mul": n_layer, "add": n_layer}[fusion]
+        self.field, n_maps = {"scalar": ("extend", 1), "mul": ("mul", n_layer)}[fusion]     # of Signal
         self.maps = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(n_maps))
+        self.diagonal_maps = diagonal_maps
         self.reset_parameters()
 
     def reset_parameters(self):
-        self.encoder.reset_parameters()
+        self.encoder.apply(_init_weights)
         if self.cls is not None:        # ours: with head_norm it starts at about the size of e_p's channels
             nn.init.normal_(self.cls, std=1.0 if self.encoder.head_norm else 0.02)
         g = 2.0 ** (-8 * torch.arange(self.n_head) / self.n_head)               # one for each head
         # The root, as W is in queries and in keys; and attend divides by sqrt(D).
-        diagonal = (g * self.head_dim ** 0.5).sqrt() if self.fusion != "mul" else torch.ones(self.n_head)
+        diagonal = (g * self.head_dim ** 0.5).sqrt() if self.field == "extend" else torch.ones(self.n_head)
         for W in self.maps:
             _init_weights(W)
             if self.diagonal_maps:
@@ -584,11 +546,25 @@ class SequentialPE(EmbeddingPE):
     def fuse(self, e):
         # W e: (..., T, 2 * E), for queries and for keys -> (..., 2, H, T, E/H)
         heads = [W(e).unflatten(-1, (2, self.n_head, -1)).movedim(-4, -2) for W in self.maps]
-        return [Signal(**{"extend" if self.fusion == "scalar" else self.fusion: each}) for each in heads]
+        return [Signal(**{self.field: each}) for each in heads]
 
-    def loss(self, **settings):
-        """The two extra losses, to be added to the model's once for each update (position_regularizers)."""
-        return position_regularizers(self.encoder, self.shape, **settings)
+    def loss(self, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
+        """contrast_weight * L_delta + distill_weight * L_OOD, with the paper's weights: to be added to the
+        model's loss once for each update. ours, always: students lie anywhere, and all are compared at the
+        same m of their T places. The paper draws m for each, and has them at T / 4 or later (images: beyond).
+        """
+        n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
+        if paper:       # its numbers, for each GPU, of groups, too
+            n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if self.n_dim == 1 else (32, 64, 32, 64)
+        groups = sample_groups(self.encoder, n_groups, n_candidates, paper)             # (P, 1 + M, n_dim)
+        windows = place_windows(self.shape, n_students, self.max_position, max_pieces=1)
+        windows = windows[:, torch.randperm(windows.size(1))[:m]]           # (n_students + 1, m, n_dim)
+        # All are read in one call, as in the paper: on a GPU that halves the number of kernels to start.
+        e = self.encoder(torch.cat([groups.flatten(0, 1), windows.flatten(0, 1)]))
+        n = groups[..., 0].numel()
+        near = contrastive_loss(e[:n].view(*groups.shape[:2], -1), groups.to(e.device), self.n_head, paper)
+        far = distillation_loss(e[n:].view(*windows.shape[:2], -1), self.n_head, paper)
+        return contrast_weight * near + distill_weight * far
 
     def pretrain(self, steps=1000, progress=iter):
         """ours, all of it: order all positions before the model's first step, which a short training cannot.
@@ -607,15 +583,13 @@ class SequentialPE(EmbeddingPE):
         if steps >= 100 and not loss < first:       # nor is nan
             raise ValueError(f"the encoder learns nothing: its loss was {first:.3f} and is {loss:.3f}")
 
-    # For another model, with the fusion "scalar": what its attention appends to queries and keys.
-
     def for_training(self, n_sequences, count=True):
-        """eq, ek (B, H, T, E/H + 8) of moved windows, drawn anew for each forward pass in training."""
+        """For another model's attention: eq, ek (B, H, T, E/H + 8), drawn anew for each forward pass."""
         windows, which = training_windows(self.shape, n_sequences, self.max_position)
         return self(windows, which, count and self.n_dim == 1)[0].extend.unbind(-4)
 
     def for_reading(self, *shape):
-        """eq, ek (H, T, E/H) of the positions from 0 on: for_reading(T), or for_reading(h, w)."""
+        """For another model: eq, ek (H, T, E/H) of all positions from 0 on, of (T,) or (h, w)."""
         return self(window(shape))[0].extend.unbind(-4)
 
 

@@ -49,7 +49,7 @@ OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
     "diagonal_maps": (1, 0, 0, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
     "pe_embd": (64, 128, 1, "size of e_p and width of its encoder, for the fusion scalar"),
     "pe_dropout": (0.0, 0.1, 0, "dropout in SeqPE's encoder"),
-    "fusion": ("scalar", "scalar", ("scalar", "mul", "add"), "how SeqPE enters the model"),
+    "fusion": ("scalar", "scalar", ("scalar", "mul"), "how SeqPE enters the model"),
 }
 
 
