@@ -29,7 +29,6 @@ from seqpe import GPT, training_windows, window
 
 # ---- Arguments --------------------------------------------------------------------------------------------
 
-WINDOWS = {"counted": 4, "torn": 4, "whole": 1, "plain": 0}     # and into how many pieces they are torn
 OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
     "steps": (800, 800, 1, "training steps"),
     "batch_size": (32, 32, 1, "sequences in a step"),
@@ -37,8 +36,8 @@ OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
     "n_layer": (4, 4, 1, "layers of the model"),
     "n_head": (4, 4, 1, "heads of a layer, in the model and in SeqPE's encoder"),
     "n_embd": (128, 128, 1, "width of the model"),
-    "windows": ("counted", "whole", WINDOWS, "positions in training: some windows are moved as a whole, torn "
-                "into pieces, or also counted (text alone); or none is, plain. For every encoding but nope"),
+    "windows": ("counted", "whole", ("counted", "torn", "whole", "plain"), "how positions move in training"),
+    "pieces": (4, 4, 1, "the most pieces of a torn window, along each axis"),
     "shift_prob": (0.5, 0.1, 0, "share of the eight windows of a step that are moved"),
     "shift_steps": (0, 1, 0, "1: all eight are in that share of the steps, without L_OOD, else none"),
     "contrast_weight": (0.1, 0.1, 0, "weight of L_delta"),
@@ -113,13 +112,12 @@ def read_text(data):
     return {"train": text[:cuts[0]], "val": text[cuts[0]:cuts[1]], "test": text[cuts[1]:]}
 
 
-def settings_of(args, pe, trained, longest):
-    """What GPT and ViT share. trained, longest: a window's side in training, and at last."""
+def settings_of(args, pe, sides):
+    """What GPT and ViT share. sides: of the window in training, and of those that are read."""
     # On plain windows a table has no rows that training never meets: it is stretched.
-    longest = trained if pe == "learned" and args.windows == "plain" else longest
+    longest = sides[0] if pe == "learned" and args.windows == "plain" else sides[-1]
     names = ["n_layer", "n_head", "n_embd"]
-    if pe == "seqpe":
-        names += ["fusion", "pe_embd", "head_norm", "diagonal_maps", "pe_dropout"]
+    names += ["fusion", "pe_embd", "head_norm", "diagonal_maps", "pe_dropout"] * (pe == "seqpe")
     return {"pe": pe, "max_position": longest} | {name: args.settings[name] for name in names}
 
 
@@ -151,8 +149,7 @@ class Text:
         return torch.tensor([index[character] for character in text])
 
     def model(self, pe):
-        return GPT(len(self.characters), self.sizes[0],
-                   **settings_of(self.args, pe, self.sizes[0], self.sizes[-1]))
+        return GPT(len(self.characters), self.sizes[0], **settings_of(self.args, pe, self.sizes))
 
     def batch(self, generator):
         """(B, T + 1) characters of training text."""
@@ -175,9 +172,9 @@ class Text:
     @torch.no_grad()
     def predict(self, model, text):
         """The logits (n, L, vocab_size) of the last L = block_size characters of text (n, T + 1)."""
-        T, L, signals = text.size(1) - 1, self.args.block_size, None
-        if T > model.pe.max_position:       # a table of the training window alone is stretched
-            signals = model.pe.interpolate((T,))
+        T, L = text.size(1) - 1, self.args.block_size
+        # A table of the training window alone is stretched.
+        signals = model.pe.interpolate((T,)) if T > model.pe.max_position else None
         batches = text[:, :-1].to(self.args.device).split(max(1, 16384 // (T + 1)))
         return torch.cat([model(batch, signals=signals)[0][:, -L:].cpu()
                           for batch in tqdm(batches, f"reading {T}", leave=False, delay=5)])
@@ -248,19 +245,18 @@ class Recall(Text):
 
 def training_loss(task, model, batch, args):
     """The model's loss, and SeqPE's two. Every encoding but nope gets the same kind of windows."""
-    pieces, windows, which = WINDOWS[args.windows], None, None
     share = torch.rand(()).item() < args.shift_prob if args.shift_steps else args.shift_prob
-    n_moved = round(8 * share) if pieces and model.encoding != "nope" else 0
+    n_moved = 0 if args.windows == "plain" or model.encoding == "nope" else round(8 * share)
+    windows = which = None
     if n_moved:
         windows, which = training_windows(model.shape, args.batch_size, model.pe.max_position, n_moved,
-                                          pieces)
+                                          1 if args.windows == "whole" else args.pieces)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         _, loss = task.loss(model, batch, windows, which)
     if model.encoding != "seqpe":
         return loss, 0.0
     distill_weight = 0.0 if args.shift_steps and n_moved else args.distill_weight
-    return loss, model.pe.loss(contrast_weight=args.contrast_weight, distill_weight=distill_weight,
-                               paper=args.paper_groups)
+    return loss, model.pe.loss(args.contrast_weight, distill_weight, paper=args.paper_groups)
 
 
 def write_file(path, data):
@@ -334,7 +330,7 @@ def train(task, pe, seed, path):
     return model.eval()
 
 
-# ---- What is shown at the end -----------------------------------------------------------------------------
+# ---- All of it --------------------------------------------------------------------------------------------
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 250"><style>
 text { font: 12px sans-serif; fill: #59636e } polyline, path { fill: none; stroke: #818b98 }
@@ -374,21 +370,6 @@ def report(title, form, columns, rows, path):
     write_file(f"{path}.svg", "\n".join([*svg, "</svg>", ""]).encode())
 
 
-@torch.no_grad()
-def heat_map(encoder):
-    """e_i . e_j, dark where small, as two pictures: from zero on, and across the longest carry, as of 999."""
-    carry = 10 ** (encoder.n_digits - 1)
-    half = min(8, carry, encoder.max_position - carry)
-    for start in (0, carry - half):
-        e = encoder(start + window((2 * half,)).expand(-1, encoder.n_dim)).cpu()
-        dots = e @ e.T
-        shade = (4 * (dots - dots.min()) / (dots.max() - dots.min())).round().int()
-        print(f"\ne_i . e_j, {start} to {start + 2 * half - 1}")
-        print("\n".join("".join(2 * " ░▒▓█"[i] for i in row) for row in shade))
-
-
-# ---- All of it --------------------------------------------------------------------------------------------
-
 def run_all(Task, args):
     """Train each encoding with each seed -> {title of a table: {encoding: [scores of each seed]}}"""
     torch.set_float32_matmul_precision("high")      # TF32 on CUDA
@@ -398,10 +379,8 @@ def run_all(Task, args):
     name = lambda pe, seed: out / f"{Path(args.data).name}-{pe}{args.name}-seed{seed}"
     shown = f"{name(','.join(args.pe), ','.join(args.seed))}{'-val' * (args.split == 'val')}"
     runs = [(pe, int(seed), Path(f"{name(pe, seed)}.pt")) for seed in args.seed for pe in args.pe]
-    probe = Path(f"{shown}-0.json.tmp")     # a closed folder, or a name too long, is found out now
-    probe.touch()
-    probe.unlink()
-    for pe, _, path in runs:                # and so is what is wrong with any model
+    Path(f"{shown}-0.json.tmp").touch()     # a closed folder, or a name too long, is found out now,
+    for pe, _, path in runs:                # as is what is wrong with any model
         model = task.model(pe)
         model.pe(window(model.shape))
         if path.exists() and not args.resume:
@@ -409,8 +388,6 @@ def run_all(Task, args):
     for pe, seed, path in runs:
         model = train(task, pe, seed, path)
         task.show(model)
-        if pe == "seqpe":
-            heat_map(model.pe.encoder)
         for i, (title, how) in enumerate(task.tables.items()):      # what is finished, after each run
             scores, rows = [task.score(model, args.split, T, **how) for T in task.sizes], results[title]
             rows.setdefault(pe, []).append(scores)
@@ -418,12 +395,9 @@ def run_all(Task, args):
     return results
 
 
-def bench(args, n_rounds=5):
+def bench(task, args, n_rounds=5):
     """Median milliseconds of a training step and of reading, and as multiples of the last encoding's."""
-    if args.data == "recall":
-        raise ValueError("--bench measures text alone: leave --data recall out")
-    args.reach = 64
-    task, data = Text(args), torch.Generator().manual_seed(0)
+    data = torch.Generator().manual_seed(0)
     models = {pe: task.model(pe).to(args.device) for pe in args.pe}
     for T in (0, *task.sizes[::2]):         # a step of training, then reading T characters
         times = {pe: [] for pe in models}
@@ -446,7 +420,7 @@ def main(argv=None):
     more = {"--sample": dict(metavar="PROMPT", help="what the sample at the end goes on from"),
             "--bench": dict(action="store_true", help="measure speed instead")}
     args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, more)
-    return bench(args) if args.bench else run_all(Task, args)
+    return bench(Task(args), args) if args.bench else run_all(Task, args)
 
 
 def run_script(main):

@@ -5,8 +5,6 @@
     python train_vit.py --recipe paper          our small version of the paper's recipe for SeqPE
     python train_vit.py --data FILE.npz         other images: uint8 `images`, integer `labels`
     python train_vit.py --resume                go on after Ctrl-C or a crash; show what is finished again
-
-Against train_lm.py a position has two coordinates; what else differs for SeqPE is in Images.defaults.
 """
 
 import math
@@ -31,8 +29,6 @@ class RoPEMixed(RoPE):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.n_dim != 2:
-            raise ValueError("rope_mixed is for images, whose positions have two coordinates")
         # Each half of the pairs looks along an axis, the two at right angles, at random in each head.
         angle = 2 * math.pi * torch.rand(self.n_layer, self.n_head, 1)
         angle = angle + torch.tensor([0, math.pi / 2])
@@ -65,7 +61,6 @@ class ViT(Transformer):
 
     def forward(self, images, targets=None, signals=None, kept=None):
         """images: (B, n_channels, height, width) -> logits (B, n_classes) and, with targets (B,), the loss.
-
         kept: (n,) indices of the only patches to look at, of the T there are. signals: model.pe(positions) of
         these patches, or other such; by default those of their places in the grid.
         """
@@ -146,7 +141,7 @@ class Images:
     """Classification, scored on the same images enlarged to more and more patches."""
     encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
     defaults = dict(n_embd=(96, 96), steps=(4000, 4000), lr=(1e-3, 1e-3), windows=("torn", "whole"),
-                    shift_prob=(0.25, 0.1), pe_embd=(32, 96), fusion=("scalar", "mul"))
+                    pieces=(8, 8), shift_prob=(0.25, 0.1), pe_embd=(32, 96), fusion=("scalar", "mul"))
     tables = {"Images recognised in %, the grid extended, by size in pixels": dict(interpolate=False),
               "Images recognised in %, the grid interpolated, by size in pixels": dict(interpolate=True)}
     form = ".1f"
@@ -166,9 +161,9 @@ class Images:
         self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.contiguous().numpy()))
 
     def model(self, pe):
-        sides = (size // self.args.patch_size for size in (self.sizes[0], self.sizes[-1]))
+        sides = [size // self.args.patch_size for size in self.sizes]
         return ViT(self.args.image_size, self.args.patch_size, *self.about,
-                   **settings_of(self.args, pe, *sides))
+                   **settings_of(self.args, pe, sides))
 
     def batch(self, generator):
         """Images (B, channels, size, size), labels (B,), and indices (n,) of the patches to look at.
