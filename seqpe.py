@@ -171,7 +171,7 @@ class SeqPE(nn.Module):
         """positions: (..., n_dim) integers -> e_p: (..., pe_embd)."""
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
-        # On a CPU, not compiled: Python would wait for a GPU. Else any number that the digits can write passes.
+        # On a CPU, not compiled: Python would wait for a GPU. Else all numbers that digits can write pass.
         if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
             lowest, highest = int(positions.min()), int(positions.max())
             if lowest < 0 or highest >= self.max_position:

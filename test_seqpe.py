@@ -4,7 +4,6 @@ them and mistypes them; then what the README says.
 """
 
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import warnings
 import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
@@ -34,7 +32,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -43,14 +41,14 @@ import seqpe
 import train_lm
 import train_vit
 from seqpe import (GPT, ALiBi, LearnedPE, RoPE, SeqPE, SequentialPE, Signal, SinusoidalPE, attend,
-                   contrastive_loss, count_channels, distillation_loss, place_windows, position_regularizers,
+                   contrastive_loss, count_channels, distillation_loss, place_windows,
                    position_to_digits, sample_groups, sample_hard_negatives, training_windows, window)
 from train_vit import ViT
 
 torch.set_num_threads(1)        # two that wait for each other on a busy machine are many times slower
-BOTH = ["seqpe-scalar", "seqpe-mul", "seqpe-add", "rope", "sinusoidal", "learned", "nope"]
+BOTH = ["seqpe-scalar", "seqpe-mul", "rope", "sinusoidal", "learned", "nope"]
 TEXT, IMAGE = [*BOTH, "alibi"], [*BOTH, "rope_mixed"]
-FUSIONS = {"scalar": "extend", "mul": "mul", "add": "add"}      # the field of Signal that each one sets
+FUSIONS = {"scalar": "extend", "mul": "mul"}        # the field of Signal that each one sets
 
 
 def seeded(seed=0):
@@ -195,7 +193,7 @@ def test_seqpe_starts_as_the_paper_says():
     """N(0, 0.02), layer norms of 1, biases of 0, also where it was made without memory and is drawn anew."""
     with torch.device("meta"):
         encoder = SeqPE(64, n_dim=2).to_empty(device="cpu")
-    drawn(0, encoder.reset_parameters)
+    drawn(0, encoder.apply, seqpe._init_weights)
     for name, parameter in [*encoder.named_parameters(), *drawn(0, SeqPE, 64, n_dim=2).named_parameters()]:
         if parameter.dim() == 1 and name != "cls":
             assert (parameter == (1 if "ln" in name and "weight" in name else 0)).all(), name
@@ -401,21 +399,21 @@ def slow_distillation_loss(e_teacher, e_students, n_head):
 
 
 def test_distillation_loss_equals_a_loop_and_teaches_only_the_students():
-    e_teacher, e_students = randn(7, 8).requires_grad_(), randn(3, 7, 8, seed=1).requires_grad_()
+    e = randn(4, 7, 8).requires_grad_()         # the teacher's last
     for n_head, paper in ((1, False), (4, False), (2, True)):
-        loss = distillation_loss(e_teacher, e_students, n_head, paper)
-        assert_close(loss, slow_distillation_loss(e_teacher, e_students, n_head) / (7 if paper else 1))
+        loss = distillation_loss(e, n_head, paper)
+        assert_close(loss, slow_distillation_loss(e[-1], e[:-1], n_head) / (7 if paper else 1))
     loss.backward()
-    assert e_teacher.grad is None and e_students.grad.count_nonzero() == e_students.numel()
+    assert e.grad.count_nonzero(dim=(1, 2)).tolist() == [56, 56, 56, 0]
 
 
 @pytest.mark.parametrize("shape, paper", [((40,), False), ((40,), True), ((4, 5), False), ((4, 5), True)])
 @pytest.mark.parametrize("near, far", [(0.3, 2.0), (1.0, 0.0), (0.0, 1.0)])
-def test_position_regularizers_are_the_two_losses(shape, paper, near, far):
+def test_the_loss_is_that_of_both(shape, paper, near, far):
     """Of groups, and of windows that each stand elsewhere as a whole, at some places; read in one call."""
-    encoder, read = make_encoder(len(shape)), []
-    encoder.register_forward_hook(lambda _, args, e: read.append((args[0], e.detach())))
-    loss = drawn(7, position_regularizers, encoder, shape, near, far, 6, paper)
+    pe, read = randomized(SequentialPE, 2, 8, shape, 125), []
+    pe.encoder.register_forward_hook(lambda _, args, e: read.append((args[0], e.detach())))
+    loss = drawn(7, pe.loss, near, far, 6, paper)
     ours = (6, 33, 5, min(32, math.prod(shape)))
     P, N, S, m = ours if not paper else (16, 33, 17, 32) if len(shape) == 1 else (32, 65, 33, 20)
     (groups, windows), (e_groups, e_windows) = (
@@ -427,7 +425,7 @@ def test_position_regularizers_are_the_two_losses(shape, paper, near, far):
     slow = near * slow_contrastive_loss(e_groups, groups, *((1, 1) if paper else (2, N)))
     slow += far * slow_distillation_loss(e_windows[-1], e_windows[:-1], 2).item() / (m if paper else 1)
     assert loss.item() == pytest.approx(slow)
-    check_gradients(loss, encoder)
+    check_gradients(loss, pe.encoder)
 
 
 # ---- Attention, the encodings, GPT and ViT; the GPU path without a GPU, errors, and sections of the file
@@ -504,7 +502,7 @@ def test_alibi_adds_to_attention(n_head, slopes):
 
 
 @pytest.mark.parametrize("make, positions", [(make_gpt, SOME), (make_vit, GRID)], ids=["GPT", "ViT"])
-@pytest.mark.parametrize("fusion, settings", [("scalar", {}), ("mul", {}), ("add", {}),
+@pytest.mark.parametrize("fusion, settings", [("scalar", {}), ("mul", {}),
                                               ("scalar", dict(pe_embd=6, head_norm=3.0))])
 def test_seqpe_enters_attention_as_the_paper_writes(make, positions, fusion, settings):
     model = make(f"seqpe-{fusion}", **settings)
@@ -514,8 +512,7 @@ def test_seqpe_enters_attention_as_the_paper_writes(make, positions, fusion, set
     def logit(layer, head, q, k, i, j):
         W = model.pe.maps[0 if fusion == "scalar" else layer]
         e_q, e_k = (W(e[end]).detach().chunk(4)[2 * way + head] for way, end in enumerate((i, j)))
-        return {"scalar": lambda: q @ k + e_q @ e_k, "mul": lambda: (q * e_q) @ (k * e_k),
-                "add": lambda: (q + e_q) @ (k + e_k)}[fusion]() / math.sqrt(8)
+        return (q @ k + e_q @ e_k if fusion == "scalar" else (q * e_q) @ (k * e_k)) / math.sqrt(8)
 
     check_attention(model, positions, logit)
 
@@ -648,17 +645,13 @@ def test_a_window_is_stretched_over_another(make, encoding, new):
         assert torch.allclose(logits, plain, atol=1e-5) == (new == old or encoding == "nope")
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_windows_of_three_dimensions(fusion):
+def test_windows_of_three_dimensions():
     """Videos: trained as texts and images are, and interpolated linearly along each axis."""
-    pe = randomized(SequentialPE, 2, 8, (2, 3, 4), 60, 2, fusion=fusion)
+    pe = randomized(SequentialPE, 2, 8, (2, 3, 4), 60)
     e = slow_resize(pe.embed(window((2, 3, 4))).view(2, 3, 4, 16), (4, 3, 9)).flatten(0, 2)
-    for a, b in zip(pe.interpolate((4, 3, 9)), pe.fuse(e), strict=True):
-        assert_close(getattr(a, FUSIONS[fusion]), getattr(b, FUSIONS[fusion]))
-    signals = drawn(0, lambda: pe(*training_windows((2, 3, 4), 16, 60)))
-    parts = torch.stack([getattr(signal, FUSIONS[fusion]) for signal in signals])
-    assert parts.shape == (len(pe.maps), 16, 2, 2, 24, 8)
-    check_gradients((parts * randn(*parts.shape)).sum() + drawn(1, pe.loss), pe)
+    assert_close(pe.interpolate((4, 3, 9))[0].extend, pe.fuse(e)[0].extend)
+    parts = torch.stack(pe.for_training(16))
+    check_gradients((parts * randn(2, 16, 2, 24, 8)).sum() + pe.loss(), pe)
 
 
 @pytest.mark.parametrize("make, x, targets", [(make_gpt, tokens(2, 7), tokens(2, 7, seed=1)),
@@ -737,47 +730,26 @@ def test_images_of_any_size(encoding):
     check_gradients(model(x, torch.tensor([0, 1, 2, 3]))[1], model)
 
 
-@pytest.mark.parametrize("make, encoding, where", [
-    *((gpt, e, "cpu") for e in TEXT), *((gpt, e, "meta") for e in ("seqpe-scalar", "rope", "alibi")),
-    *((vit, e, "cpu") for e in ("seqpe-mul", "rope_mixed", "learned"))])
-def test_models_on_a_device(make, encoding, where):
-    """Tensors without content, `meta` is the device: neither mixed nor read, in a training step and later."""
+@pytest.mark.parametrize("make, encoding, x", MODELS)
+def test_models_on_a_device(make, encoding, x):
+    """Tensors without content, `meta` is the device: neither mixed nor read, in training and later."""
+    model, targets = make(encoding).to("meta"), tokens(3, 8) if make is gpt else tokens(3)
     with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.compiler.is_compiling", lambda: True):
-        with torch.device("meta"):
-            model, targets = make(encoding, n_layer=1), torch.ones(2, 8).long()
-            x, targets = (targets, targets) if make is gpt else (torch.ones(2, 2, 8, 8), targets[:, 0])
-        for wrong in (lambda: targets + torch.ones(targets.shape), lambda: bool(targets.sum() > 0)):
-            with pytest.raises((RuntimeError, DataDependentOutputException)):
-                wrong()
-        windows, which = training_windows(model.shape, 2, 100)
-        moved = model.pe(windows.to(where), which, count=make is gpt)
-        for signals in (None, moved, model.pe.interpolate(model.shape)):
-            loss = model(x, targets, signals)[1]
-            (loss + model.pe.loss() if encoding == "seqpe-scalar" else loss).backward()
-        assert loss.device.type == "meta"
-
-
-@pytest.mark.parametrize("encoding", ["seqpe-scalar", "rope", "alibi"])
-def test_a_model_is_exported_for_any_batch(encoding):
-    model, B, T = drawn(0, gpt, encoding), torch.export.Dim("B", max=100), torch.export.Dim("T", max=900)
-    exported = torch.export.export(model, (tokens(2, 9),), dynamic_shapes=({0: B, 1: T},)).module()
-    assert_close(exported(tokens(3, 14))[0], model(tokens(3, 14))[0])
+        windows, which = training_windows(model.shape, 3, 100)
+        moved = (model.pe(each, which, make is gpt) for each in (windows, windows.to("meta")))
+        for signals in (None, *moved, model.pe.interpolate(model.shape)):
+            loss = model(x.to("meta"), targets.to("meta"), signals)[1]
+            (loss + model.pe.loss() if "seqpe" in encoding else loss).backward()
 
 
 @pytest.mark.parametrize("encoding", TEXT)
-def test_nothing_hangs_on_buffers_or_on_the_default_type(encoding):
-    """Not what is computed in forward, after to_empty; nor are positions rounded to bfloat16."""
+def test_nothing_hangs_on_buffers(encoding):
+    """What is computed in forward is right after to_empty, too."""
     with torch.device("meta"):
         other = gpt(encoding).to_empty(device="cpu")
-    model, idx, far = drawn(0, gpt, encoding), tokens(2, 8), window((8,)) + 900
+    model, idx = drawn(0, gpt, encoding), tokens(2, 8)
     other.load_state_dict(model.state_dict())
-    torch.set_default_dtype(torch.bfloat16)
-    after = other(idx, signals=other.pe(far))[0]
-    torch.set_default_dtype(torch.float32)
-    assert not list(model.buffers()) and after.equal(model(idx, signals=model.pe(far))[0])
-    with torch.autocast("cpu", torch.bfloat16, enabled="seqpe" not in encoding):
-        signals = model.pe(far)
-    assert all(a is b is None or a.equal(b) for a, b in zip(*map(tree_leaves, (signals, model.pe(far)))))
+    assert not list(model.buffers()) and other(idx)[0].equal(model(idx)[0])
 
 
 # ---- SeqPE in another's model, and the training step at the end of the file
@@ -826,24 +798,24 @@ def test_seqpe_serves_another_model():
         assert torch.allclose(parameter.grad, sum(both)) and not torch.allclose(*both)
 
 
-def test_the_encoder_may_be_checkpointed():
+@pytest.mark.parametrize("change", [partial(torch.compile, fullgraph=True, backend="eager"),
+                                    lambda step: partial(checkpoint, step, use_reentrant=False)])
+def test_a_training_step_may_be_compiled_whole_or_checkpointed(change):
     """Windows and dropout are drawn again as they were."""
-    pe, grads = drawn(0, SequentialPE, 2, 8, (8,), 100, pe_dropout=0.3), []
-    assert not drawn(1, pe.embed, window((8,))).equal(drawn(2, pe.embed, window((8,))))
-    for call in (pe.for_training, partial(checkpoint, pe.for_training, use_reentrant=False)):
-        loss = drawn(3, call, 8)[0].mul(randn(8, 2, 8, 16)).sum()
-        torch.manual_seed(4)
-        grads.append(torch.autograd.grad(loss, list(pe.encoder.parameters())))
-    assert all(a.equal(b) and a.count_nonzero() for a, b in zip(*grads, strict=True))
+    def step(*qkv):
+        return attend(*qkv, *pe.for_training(16)).square().mean() + pe.loss()
+
+    pe, qkv = drawn(0, SequentialPE, 2, 8, (8,), 100, pe_dropout=0.3), randn(3, 16, 2, 8, 8).float()
+    losses = [drawn(3, each, *qkv) for each in (step, change(step))]
+    grads = [drawn(4, torch.autograd.grad, loss, list(pe.encoder.parameters())) for loss in losses]
+    assert all(map(torch.allclose, *grads)) and losses[0].isclose(losses[1])
 
 
-def test_a_training_step_compiles_whole():
-    def step(q, k, v):
-        return attend(q, k, v, *pe.for_training(16)).square().mean() + pe.loss()
-
-    pe, qkv = drawn(0, SequentialPE, 2, 8, (8,), 100), randn(3, 16, 2, 8, 8).float()
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert_close(drawn(0, compiled, *qkv), drawn(0, step, *qkv))
+@pytest.mark.parametrize("encoding", ["seqpe-scalar", "rope", "alibi"])
+def test_a_model_is_exported_for_any_batch(encoding):
+    model, B, T = drawn(0, gpt, encoding), torch.export.Dim("B", max=100), torch.export.Dim("T", max=900)
+    exported = torch.export.export(model, (tokens(2, 9),), dynamic_shapes=({0: B, 1: T},)).module()
+    assert_close(exported(tokens(3, 14))[0], model(tokens(3, 14))[0])
 
 
 def test_the_training_step_at_the_end_of_the_file_runs():
@@ -864,22 +836,15 @@ ERRORS = {
     "last dimension": (lambda: SeqPE(8, n_dim=2)(torch.zeros(4, 3).long()), ValueError, r"n_dim=2.*\(4, 3\)"),
     "too many positions": (lambda: SeqPE(8, max_position=2 ** 30 + 1), ValueError, r"2\*\*30"),
     "too few positions": (lambda: SeqPE(8, max_position=3), ValueError, "max_position=3 .* 4 to"),
-    "heads": (lambda: gpt(n_head=3), ValueError, "n_embd=16 .*n_head=3"),
-    "gpt: past the limit": (lambda: gpt()(tokens(1, 1001)), ValueError, "1000 .*0 to 999.*a larger max_"),
+    "width of heads": (lambda: gpt(n_head=3), ValueError, "n_embd=16 .*n_head=3"),
     "learned: past the limit": (lambda: gpt("learned")(tokens(1, 1001)), IndexError, "1000"),
-    "learned: below": (lambda: gpt("learned").pe(window((4,)) - 1), IndexError, "1000"),
-    "gpt: rope_mixed": (lambda: gpt("rope_mixed"), ValueError, "rope_mixed is for images"),
     "rope: odd heads": (lambda: RoPE(2, 9, (8,), 100)(SOME), ValueError, "=9 divisible by 2"),
-    "rope: images": (lambda: RoPE(2, 6, (4, 4), 100)(GRID), ValueError, "=6 divisible by 4"),
     "sinusoidal": (lambda: SinusoidalPE(3, 6, (4, 4), 100), ValueError, "n_embd=18 divisible by 4"),
     "alibi: images": (lambda: ALiBi(2, 8, (4, 4), 100)(GRID), ValueError, "alibi is for text"),
     "alibi: class token": (lambda: ALiBi(2, 8, (4,), 9, 1, True)(SOME), ValueError, "no class token"),
     "window too long": (lambda: place_windows((9,), 8, 8), ValueError, r"\(9,\) .*max_position=8"),
-    "one axis too long": (lambda: training_windows((2, 9), 8, 8), ValueError, r"\(2, 9\) .*max_position=8"),
-    "counting images": (lambda: count_channels(window((2, 3))[None], 8), ValueError, r"text.*\(1, 6, 2\)"),
     "ek of one key": (lambda: attend(*randn(5, 1, 2, 7, 4)[:4], randn(2, 1, 4)), ValueError, "7, 1 .*7, 7"),
-    "more key heads": (lambda: attend(Q[:, :2], Q, Q), ValueError, "2 heads and 7 .* 4 heads and 7"),
-    "heads behind T": (lambda: attend(Q[:, :3], Q.transpose(1, 2), Q), ValueError, "3 heads .* 7 heads"),
+    "heads": (lambda: attend(Q[:, :3], Q, Q), ValueError, "3 heads and 7 .* 4 heads and 7"),
     "more queries": (lambda: attend(Q, Q[:, :, 2:], Q), ValueError, "7 positions .* 4 heads and 5"),
     "mask of integers": (lambda: attend(Q, Q, Q, mask=torch.ones(7, 7).long()), ValueError, "bool.*int64"),
     "vit: image": (lambda: vit()(torch.zeros(1, 2, 8, 9)), ValueError, r"\(8, 9\).*patch_size=2"),
@@ -958,20 +923,16 @@ def task_of(script, data, more=""):
     return Task(args)
 
 
-def outcome(capsys, script, *arguments, odd=()):
+def outcome(capsys, script, *arguments):
     """None where a run ends well, else what it says: one line, after which the exit code is 2 or 130."""
     _, code = capsys.readouterr(), 0
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.filterwarnings("ignore", category=ResourceWarning)
-        try:
-            train_lm.run_script(lambda: script.main([*command(script, *arguments), *odd]))
-        except SystemExit as exit_:
-            code = exit_.code
+    try:
+        train_lm.run_script(lambda: script.main(command(script, *arguments)))
+    except SystemExit as exit_:
+        code = exit_.code
     lines = re.split("[\r\n]+", capsys.readouterr().err)
     lines = [line for line in lines if line and not re.search(r"\d+/\d+ \[", line)]     # progress bars
-    assert len(lines) == (code > 0) and not warned, (arguments, odd, code, lines, [*map(str, warned)])
-    start = {0: "", 2: "script.py: error: ", 130: "stopped: --resume goes on"}[code]
-    assert not lines or lines[0].startswith(start), lines
+    assert len(lines) == (code > 0) and code in (0, 2, 130), (arguments, code, lines)
     return lines[0] if lines else None
 
 
@@ -1014,22 +975,18 @@ def test_all_encodings_are_trained_and_recorded(script, data, tmp_path, monkeypa
 
 
 def test_a_chart_shows_the_table(tmp_path):
-    """Lines, bars, SeqPE in red. Six names are in the picture, 13 apart, where all lines end at one place."""
-    def chart(title, rows):
-        train_lm.report(title, ".1f", (1, 2, 3), rows, tmp_path / "x")
+    """Lines, bars, SeqPE in red; six names are in the picture, 13 apart, where all lines end at one place."""
+    def chart(rows):
+        train_lm.report("Right in %, by px", ".1f", (1, 2, 3), rows, tmp_path / "x")
         svg = ElementTree.parse(tmp_path / "x.svg").getroot()
-        return [text.text for text in svg[2:10]], {g[-1].text: g for g in svg.iter() if g.tag.endswith("}g")}
+        return {g[-1].text: g for g in svg.iter() if g.tag.endswith("}g")}
 
-    texts, lines = chart("Right in %, by px", {"nope": [[9, 50, 0]], "seqpe": [[90, 100, 70], [70, 100, 90]]})
-    assert texts == ["Right in %", "px", "1", "2", "3", "100", "50", "0"]
-    assert lines["seqpe"][0].get("points") == "36,72.0 126,40.0 216,72.0"
-    assert re.findall(r"M[\d.]+,([\d.]+V[\d.]+)", lines["seqpe"][1].get("d")) == [
-        "49.4V94.6", "40.0V40.0", "49.4V94.6"]          # 80 +- 14.14
+    lines = chart({"nope": [[9, 50, 0]], "seqpe": [[90, 100, 70], [70, 100, 90]]})
+    shape = lines["seqpe"][0].get("d")         # 80 +- 14.14
+    assert shape.startswith("M36,72.0L126,40.0L216,72.0M") and "49.4V94.6" in shape
     assert {pe: g.get("class") for pe, g in lines.items()} == {"seqpe": "us", "none": ""}
-    _, lines = chart("Loss, by length", {"rope": [[3, 2, 4]], "alibi": [[2, 2, 2]]})   # least to most
-    assert lines["rope"][0].get("points") == "36,120.0 126,200.0 216,40.0"
     for last in (0, 100):
-        _, lines = chart("Right in %, by size", {pe: [[50, 50, last]] for pe in train_lm.Text.encodings})
+        lines = chart({pe: [[50, 50, last]] for pe in train_lm.Text.encodings})
         places = sorted(float(g[-1].get("y")) for g in lines.values())
         assert len(places) == 6 and all(b - a >= 13 for a, b in itertools.pairwise(places))
         assert 12 < places[0] and places[-1] < 218      # above the numbers of the axis
@@ -1110,40 +1067,20 @@ def test_python_data_is_split_by_whole_files_that_can_be_read(library, monkeypat
     assert train_lm.read_text("python") == train_lm.read_text("recall") == texts and all(texts.values())
 
 
-def test_arguments_come_before_recipes_and_those_before_defaults(script, monkeypatch, capsys):
-    """And -h shows what will be used, after the script's docstring."""
-    monkeypatch.setenv("COLUMNS", "300")
+def test_arguments_come_before_recipes_and_those_before_defaults(script):
     ours = {name: row[0] for name, row in train_lm.OPTIONS.items()}
     more = {"--data recall": dict(steps=1200, lr=1e-3)}
     paper = dict(windows="whole", shift_prob=0.1, shift_steps=1, paper_groups=1, pe_dropout=0.1,
                  pretrain_steps=0, head_norm=0.0, diagonal_maps=0, pe_embd=128)
     if script is train_vit:
-        ours |= dict(steps=4000, lr=1e-3, n_embd=96, windows="torn", shift_prob=0.25, pe_embd=32)
+        ours |= dict(steps=4000, lr=1e-3, n_embd=96, windows="torn", pieces=8, shift_prob=0.25, pe_embd=32)
         more, paper = {"--data x": {}}, paper | dict(fusion="mul", pe_embd=96)
     for line, said in {"": {}, "--recipe paper": paper, **more}.items():
         args = parsed(script, line)[0]
         assert (ours | said).items() <= args.settings.items() <= vars(args).items()
-        for name, value in {"steps": 7, "head_norm": 2.5, "pe_dropout": 0.25, "fusion": "add"}.items():
+        for name, value in {"steps": 7, "head_norm": 2.5, "pe_dropout": 0.25, "windows": "plain"}.items():
             found = parsed(script, f"{line} --{name.replace('_', '-')} {value}")[0].settings
             assert found == args.settings | {name: value}
-    with pytest.raises(SystemExit) as exit_:
-        script.main(["-h"])
-    printed = capsys.readouterr().out
-    assert exit_.value.code == 0 and printed.startswith(script.__doc__.strip())
-    for name, value in parsed(script, "")[0].settings.items():
-        assert re.search(rf"^  --{name.replace('_', '-')} \S+\s+.*\({value}\)$", printed, re.M), name
-
-
-def test_resume_shows_a_finished_run_again(script, data, tmp_path, monkeypatch, capsys):
-    """The very same numbers and sample, which are without dropout, and does not train."""
-    arguments = script, data, tmp_path, "--recipe paper --pe-dropout 0.5 --shift-prob 1 --resume"
-    results, printed = run(*arguments), capsys.readouterr().out
-    assert "e_i . e_j, 0 to " in printed and all(title in printed for title in results)
-    steps, (path,) = on_step(monkeypatch, 0, None), files(tmp_path, ".pt")
-    assert run(*arguments) == results and not steps.called
-    assert capsys.readouterr().out == f"{path}: finished\n{printed}"
-    monkeypatch.setattr(torch, "set_rng_state", lambda _: torch.manual_seed(1))
-    assert run(*arguments) == results           # dropout would make them others
 
 
 @pytest.mark.parametrize("pe, length", [("rope", 16), ("learned", 8)])
@@ -1158,29 +1095,23 @@ def test_the_sample_goes_on_from_the_prompt(corpus, tmp_path, capsys, pe, length
         assert len(shown[-1]) == length and shown[-1].startswith(prompt[-length // 2:])
     assert shown[0] == shown[1] != shown[2]
     assert "the data has not: 'Z'" in outcome(capsys, train_lm, corpus, tmp_path / "out", "--sample aZ")
+    for console in (io.TextIOWrapper(io.BytesIO(), "ascii"), None, io.StringIO()):      # the first has no é
+        with patch.object(sys, "stdout", console):
+            assert outcome(capsys, train_lm, corpus, tmp_path / "out", "--sample é --resume") is None
 
 
-def test_files_are_named_after_what_makes_a_run_what_it_is(script, data, tmp_path, monkeypatch, capsys):
-    """No two commands with different results share a file; others do. Data may have any name."""
-    settings, fresh = parsed(script, "")[0].settings, {"windows": "plain", "fusion": "add", "reach": 32}
+def test_files_are_named_after_what_makes_a_run_what_it_is(script, data, tmp_path, monkeypatch):
+    """No two commands with different results share a file; others do."""
+    settings, fresh = parsed(script, "")[0].settings, {"windows": "plain", "fusion": "mul", "reach": 32}
     lines = {f"--{name.replace('_', '-')} {fresh.get(name, 1 - value if value in (0, 1) else 1)}"
              for name, value in settings.items()} | {"", "--recipe paper"}
     assert len({parsed(script, line)[0].name for line in lines}) == len(lines) == len(settings) + 2
     assert not parsed(script, "--out x --split val --device cpu --pe rope --resume")[0].name
-    args = parsed(script, "--lr 0.002 --steps 3 --recipe paper --fusion add")[0]
-    assert args.name == "-recipe=paper-steps=3-lr=0.002-fusion=add"
-    more = "--pe rope,nope --seed 2,1 --steps 1 --split val"
-    name = f'{data.name}-%s{parsed(script, " ".join(command(script, data, "x", more)))[0].name}-seed%s'
-    results = run(script, data, tmp_path / "out", more)
-    tables = [f"{i}.{end}" for i in range(len(results)) for end in ("json", "svg")]
-    assert {path.name for path in files(tmp_path / "out")} == {
-        *(name % (pe, f"{seed}.pt") for pe in ("rope", "nope") for seed in (1, 2)),
-        *(name % ("rope,nope", f"2,1-val-{table}") for table in tables)}
+    args = parsed(script, "--lr 0.002 --steps 3 --recipe paper --fusion mul")[0]
+    assert args.name == "-recipe=paper-steps=3-lr=0.002-fusion=mul"
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in (os.fsdecode(b"\xff") + data.suffix, "{}%s {0}" + data.suffix):
-        data, odd = data.rename(tmp_path / name), ["--data", f"~/{name}", "--out=~/there", "--pe=rope"]
-        assert outcome(capsys, script, "x", "x", odd=odd) is None
-    assert len(files(tmp_path / "there", ".pt")) == 2
+    run(script, "~/" + data.name, "~/out", "--pe rope,nope --seed 2,1 --steps 1")
+    assert len(files(tmp_path / "out", ".pt")) == 4
 
 
 def test_resume_gives_the_weights_of_an_uninterrupted_run(script, data, tmp_path, monkeypatch, capsys):
@@ -1204,29 +1135,23 @@ def test_an_interrupted_run_shows_and_keeps_what_is_finished(script, data, tmp_p
     """In table, record and chart. --resume goes on, and until then no earlier table is lost."""
     out, titles = tmp_path / "out", TASK[script].tables
     arguments = script, data, out, "--pe rope,nope,seqpe --resume"
-    for n, action, error, said in ((13, KeyboardInterrupt, KeyboardInterrupt, None), (
-            3, lambda loss: loss * math.nan, ValueError, "^nope at step 10: weights that are not finite")):
-        with monkeypatch.context() as patch, pytest.raises(error, match=said):
-            on_step(patch, n, action)
-            run(*arguments)
-        assert re.findall(r"^(rope|nope) +\|", capsys.readouterr().out, re.M) == ["rope"] * len(titles)
-        for title, record in zip(titles, files(out, ".json").values(), strict=True):
-            assert [*json.loads(record)[title]] == ["rope"]
-        assert len(files(out, ".svg")) == len(titles) and len(files(out, ".pt")) == 1
-    with monkeypatch.context() as patch:        # the encoder's own training ends at once, too
-        patch.setattr(seqpe, "position_regularizers", regularizers := Mock(side_effect=KeyboardInterrupt))
-        assert outcome(capsys, *arguments).startswith("stopped") and regularizers.call_count == 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        on_step(patch, 13, KeyboardInterrupt)
+        run(*arguments)
+    assert re.findall(r"^(rope|nope) +\|", capsys.readouterr().out, re.M) == ["rope"] * len(titles)
+    for title, record in zip(titles, files(out, ".json").values(), strict=True):
+        assert [*json.loads(record)[title]] == ["rope"]
+    assert len(files(out, ".svg")) == len(titles) and len(files(out, ".pt")) == 1
     steps, results, printed = on_step(monkeypatch, 0, None), run(*arguments), capsys.readouterr().out
-    assert re.findall(r"-(rope|nope|seqpe)-.*: finished$", printed, re.M) == ["rope", "nope"]
-    assert steps.call_count == 10 and all([*rows] == ["rope", "nope", "seqpe"] for rows in results.values())
+    assert re.findall(r"-(rope|nope|seqpe)-.*: finished$", printed, re.M) == ["rope"]
+    assert steps.call_count == 20 and all([*rows] == ["rope", "nope", "seqpe"] for rows in results.values())
     before, _ = files(out), monkeypatch.setattr(train_lm, "train", Mock(side_effect=KeyboardInterrupt))
     assert outcome(capsys, *arguments).startswith("stopped") and files(out) == before
 
 
-def test_stopped_by_ctrl_c_a_run_can_be_resumed(corpus, tmp_path, monkeypatch, capsys):
-    """A process of its own, in the middle of its steps."""
-    arguments = train_lm, corpus, tmp_path, "--pe rope --steps 5000 --resume"
-    process = subprocess.Popen([sys.executable, train_lm.__file__, *command(*arguments)], text=True,
+def test_ctrl_c_stops_a_process_in_the_middle_of_its_steps(corpus, tmp_path):
+    arguments = command(train_lm, corpus, tmp_path, "--pe rope --steps 5000")
+    process = subprocess.Popen([sys.executable, train_lm.__file__, *arguments], text=True,
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while not files(tmp_path, ".pt") and process.poll() is None:
         time.sleep(0.01)
@@ -1234,54 +1159,38 @@ def test_stopped_by_ctrl_c_a_run_can_be_resumed(corpus, tmp_path, monkeypatch, c
     said = process.communicate(timeout=100)[1]
     assert process.returncode == 130 and "Traceback" not in said
     assert said.splitlines()[-1] == "stopped: --resume goes on from the last of every 100 steps"
-    on_step(monkeypatch, 1, KeyboardInterrupt)
-    assert outcome(capsys, *arguments).startswith("stopped")        # and not with an error: it went on
     assert torch.load(*files(tmp_path, ".pt"))["step"] >= 100
 
 
-def test_any_console(corpus, tmp_path, monkeypatch, capsys):
-    """One without the characters that are printed, none, and a notebook's."""
-    plain = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
-    for console in (plain, None, io.StringIO()):
-        monkeypatch.setattr(sys, "stdout", console)
-        assert outcome(capsys, train_lm, corpus, tmp_path / "out", "--resume") is None
-    assert b"??" in plain.buffer.getvalue() and "██" in console.getvalue()
-
-
-def test_an_earlier_run_is_not_overwritten(script, data, tmp_path, monkeypatch, capsys):
-    """Not without --resume, and not after other data: the same in another order, all with the same name."""
-    arguments, out = (script, data, tmp_path / "out", "--pe rope"), tmp_path / "out"
-    run(*arguments)
-    before, (path,), steps = files(out), files(out, ".pt"), on_step(monkeypatch, 0, None)
+def test_a_finished_run_is_shown_again_and_not_overwritten(script, data, tmp_path, monkeypatch, capsys):
+    """The very same numbers and sample, which are without dropout; not where --resume is left out, nor if it
+    cannot go on: from what is cut off, not ours, of another setting, or of the data in another order.
+    """
+    arguments = script, data, tmp_path, "--recipe paper --pe-dropout 0.5 --shift-prob 1"
+    resumed = *arguments[:-1], f"{arguments[-1]} --resume"
+    results, printed = run(*arguments), capsys.readouterr().out
+    steps, ((path, whole),) = on_step(monkeypatch, 0, None), files(tmp_path, ".pt").items()
+    good, cannot = torch.load(path), f"{path}: cannot go on from it, use another --out: "
     said = f"{path} exists: --resume goes on or shows it again, another --out starts anew"
     assert outcome(capsys, *arguments) == f"script.py: error: {said}"
+    torch.save(good | {"random": [*good["random"], *[torch.zeros(16, dtype=torch.uint8)] * 2]}, path)
+    with patch.object(torch.cuda, "set_rng_state_all") as states:   # written beside two GPUs
+        assert run(*resumed) == results and states.call_args.args == ([],)
+    assert capsys.readouterr().out == f"{path}: finished\n{printed}" and all(map(printed.count, results))
+    with patch.object(torch, "set_rng_state", lambda _: torch.manual_seed(1)):
+        assert run(*resumed) == results         # dropout would make them others
+    for content in (whole[:len(whole) // 2], b"not a checkpoint"):
+        path.write_bytes(content)
+        assert cannot in outcome(capsys, *resumed) and path.read_bytes() == content
+    torch.save(good | {"settings": good["settings"] | {"lr": 8.0}}, path)
+    assert outcome(capsys, *resumed).endswith(f"{cannot}it is of another lr")
     if script is train_vit:
         write_npz(data, **{name: array[::-1] for name, array in np.load(data).items()})
     else:
         data.write_text(data.read_text(encoding="utf-8")[::-1], encoding="utf-8")
-    assert outcome(capsys, *arguments, odd=["--resume"]).endswith(
-        f"{path}: cannot go on from it, use another --out: it is of another checksum of the data")
-    assert files(out) == before and not steps.called
-
-
-def test_a_damaged_checkpoint_is_one_line_that_names_it(script, data, tmp_path, monkeypatch, capsys):
-    arguments = script, data, tmp_path, "--pe rope --steps 2 --resume"
-    results, ((path, whole),) = run(*arguments), files(tmp_path, ".pt").items()
-    good, steps = torch.load(path), on_step(monkeypatch, 0, None)
-    table = [b"", b"not a checkpoint", b"cos\nsystem\n.", whole[:len(whole) // 2], whole[:-1], [good], None]
-    table += [{key: good[key] for key in good if key != gone} for gone in good]
-    table += [good | {"model": good["model"] | {"ln.weight": torch.ones(5)}}, *(good | {k: []} for k in good)]
-    for content in table:
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        assert f"{path}: cannot go on from it, use another --out: " in outcome(capsys, *arguments), content
-    for key in good["settings"]:
-        torch.save(good | {"settings": good["settings"] | {key: [8]}}, path)
-        assert outcome(capsys, *arguments).endswith(f": it is of another {key}")
-    torch.save(good | {"random": [*good["random"], *[torch.zeros(16, dtype=torch.uint8)] * 2]}, path)
-    with patch.object(torch.cuda, "set_rng_state_all") as states:   # written beside two GPUs
-        assert run(*arguments) == results and not steps.called and states.call_args.args == ([],)
-    monkeypatch.setattr(torch, "load", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
-    assert re.search(f"{path}: cannot go on .*Permission denied", outcome(capsys, *arguments))
+    path.write_bytes(whole)
+    assert outcome(capsys, *resumed).endswith(f"{cannot}it is of another checksum of the data")
+    assert not steps.called
 
 
 def test_what_cannot_be_written_is_one_line(script, data, tmp_path, monkeypatch, capsys):
@@ -1290,10 +1199,6 @@ def test_what_cannot_be_written_is_one_line(script, data, tmp_path, monkeypatch,
     full, write = OSError(errno.ENOSPC, "No space left on device"), Path.write_bytes
     for wrong in (data, data / "out"):
         assert str(data) in outcome(capsys, script, data, wrong, more)
-    seeds = ",".join(map(str, range(100)))
-    assert "too long" in outcome(capsys, script, data, out, f"{more} --seed {seeds}") and not files(out)
-    with patch.object(Path, "touch", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))):
-        assert "Permission denied" in outcome(capsys, script, data, out, more)
     assert not steps.called and not files(out)
 
     def half(path, content):        # of the second checkpoint, at step 101
@@ -1306,56 +1211,38 @@ def test_what_cannot_be_written_is_one_line(script, data, tmp_path, monkeypatch,
     (path,) = files(out, ".pt")
     assert said == f"script.py: error: cannot write {path}: No space left on device"
     assert torch.load(path)["step"] == 100 and not files(out, ".tmp")
-    run(script, data, out, more)
-    before = files(out)
-    with patch.object(os, "replace", Mock(side_effect=full)):
-        assert "No space left" in outcome(capsys, script, data, out, more) and files(out) == before
 
 
-def test_data_that_cannot_be_used_is_one_line(corpus, tmp_path, monkeypatch, capsys):
+def test_data_that_cannot_be_used_is_one_line(corpus, tmp_path, capsys):
     npz, grey, n = tmp_path / "own.npz", np.zeros((40, 6, 5), np.uint8), np.arange(40)
     whole, script = write_npz(npz).read_bytes(), {corpus: train_lm, npz: train_vit}
-    ragged = np.array([grey[0, 1:], *grey[1:]], dtype=object)
-    foreign = [b"", b"no zip", random.Random(0).randbytes(5000), whole[:1000], whole[:-1], dict(labels=None),
-               dict(labels=n.astype(object)), dict(images=ragged)]
-    wrong = [dict(images=each) for each in (grey / 2, grey[0], grey[:0], grey[0, 0, 0], grey[:, :0])]
-    wrong += [dict(labels=each) for each in (n / 2, n[1:], n[0], n > 0, n.astype(str))]
+    wrong = [dict(images=grey / 2), dict(images=grey[0]), dict(images=grey[:, :0])]
+    wrong += [dict(images=grey[:5], labels=n[:5]), dict(labels=n[1:]), dict(labels=n / 2)]
     for path, said, table in (
-            (corpus, "too few", [b"", b"a", b"ab" * 10]), (corpus, "text file in UTF-8: ", [b"\xff"]),
-            (npz, "not digits, nor an .npz", foreign), (npz, "images must be uint8", wrong),
-            (npz, "9 or more", [dict(images=grey[:5], labels=n[:5])]),
-            (npz, "are -1 to 38", [dict(labels=n - 1)]),
+            (corpus, "too few", [b"", b"ab" * 10]), (corpus, "text file in UTF-8: ", [b"\xff"]),
+            (npz, "not digits, nor an .npz", [b"no zip", whole[:1000], dict(labels=None)]),
+            (npz, "images must be uint8", wrong), (npz, "are -1 to 38", [dict(labels=n - 1)]),
             (npz, "are 9000 to 9039, but must be from 0 to below 40", [dict(labels=n + 9000)]),
             (npz, "label 1 is of too few images", [dict(labels=np.repeat([0, 1, 2], [36, 1, 3]))])):
         for content in table:
             path.write_bytes(content) if isinstance(content, bytes) else write_npz(path, **content)
             line = outcome(capsys, script[path], path, tmp_path / "out")
             assert line and f"--data {path}: " in line and said in line, (content, line)
-        for path_ in (tmp_path, tmp_path / "nowhere"):
-            assert f"--data {path_}: " in outcome(capsys, script[path], path_, tmp_path / "out")
+        assert f"--data {tmp_path}: " in outcome(capsys, script[path], tmp_path, tmp_path / "out")
     corpus.write_bytes(b"\xef\xbb\xbf" + b"abc\r\n" * 1000)     # a byte order mark is no character
     assert task_of(train_lm, corpus).characters == ["\n", *"abc"]
-    closed = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
-    monkeypatch.setattr(Path, "read_text", closed), monkeypatch.setattr(np, "load", closed)
-    assert all("Permission denied" in outcome(capsys, script[p], p, tmp_path / "out") for p in script)
 
 
-def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, monkeypatch, capsys):
+def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, capsys):
     table = {
         "--pe rotary": "unknown --pe 'rotary'; known: seqpe, rope,", "--pe all,rope": "unknown --pe 'all'",
-        "--fusion sum": "choice: 'sum'", "--fusion input": "choice: 'input'", "--windows x": "choice: 'x'",
-        "--device cuda": "choice: 'cuda'", "--steps 0": "--steps must be from 1 to", "--split all": "'all'",
-        "--lr x": "float value: 'x'", "--lr nan": "--lr must be from 0", "--lr -1": "--lr must be from 0",
-        "--load x": "unrecognized arguments: --load", "--batch 3": "--batch", "--steps 1.5": "int value",
-        "--shift-prob 2": "--shift-prob must be from 0 to 1", "--pe-dropout -1": "0 to 1", "--pe": "one",
-        "--seed 4294967296": "--seed must be integers", "--seed 0,": "'0,'", "--seed -1": "not '-1'",
-        "--n-head 3": "n_embd=16 is not divisible by n_head=3", "--pe-embd 9": "n_embd=9 is not divisible",
+        "--fusion sum": "choice: 'sum'", "--lr x": "float value: 'x'", "--lr nan": "--lr must be from 0",
+        "--shift-prob 2": "--shift-prob must be from 0 to 1", "--load x": "unrecognized arguments: --load",
+        "--seed 0,": "literal for int() with base 10: ''", "--steps 0": "must be from 1 to",
         "--pe nope,rope --n-embd 6": "rope needs ", "--batch-size 1" + "0" * 13: "memory"}
-    table |= {"--reach 5": "--reach a power of two", "--reach 0": "--reach must be from 1",
-              "--block-size 0": "--block-size", "--data recall --block-size 41": "--block-size must be 42",
-              "--bench --data recall": "leave --data recall out"} if script is train_lm else {
-              "--image-size 9": "not divisible by patch_size=2", "--image-size 2": "twice --patch-size",
-              "--windows counted": "--windows counted is for text"}
+    table |= {"--reach 5": "--reach a power of two",
+              "--data recall --block-size 41": "--block-size must be 42"} if script is train_lm else {
+              "--image-size 2": "twice --patch-size", "--windows counted": "--windows counted is for text"}
     for line, said in table.items():
         found = outcome(capsys, script, data, tmp_path / "out", line)
         assert found is not None and said in found, (line, found)
@@ -1376,23 +1263,15 @@ def strings(task, text):
     return ["".join(task.characters[i] for i in row) for row in text]
 
 
-@pytest.mark.parametrize("T", [42, 64, 300])
-def test_records_are_asked_for_again_at_the_end(recall, T):
-    haystack, places = torch.full((40, T + 1), recall.characters.index("x")), Counter()
-    for text in strings(recall, recall.ask(haystack, seeded())):
-        records, questions = RECORD.findall(text[:-21]), RECORD.findall(text[-21:])
-        assert len({key for key, _ in records}) == 3 and sorted(records) == sorted(questions)
-        assert len(text) == T + 1 and RECORD.sub("", text) == "x" * (T + 1 - 42)
-        places.update([records == questions, *(match.start() + 2 for match in RECORD.finditer(text[:-21]))])
-    assert 0 < places.pop(True) < 20 and (T == 42 or len(places) > min(20, T / 4) and max(places) > T - 60)
-
-
 def test_recalls_batches_loss_and_score(recall, monkeypatch):
-    """Records may repeat. The loss is the answers' and the text's; right is what has the likeliest digits."""
+    """Records, which may repeat, and again at the end in another order. The loss is the answers' and the
+    text's; right is what has the likeliest digits.
+    """
     state, batch = torch.get_rng_state(), recall.batch(seeded(1))
     assert torch.equal(torch.get_rng_state(), state) and batch.shape == (16, 65)
     records = [RECORD.findall(text) for text in strings(recall, batch)]
     assert {(len(r), len(set(r))) for r in records} == {(6, 1), (6, 2), (6, 3)}
+    assert all(sorted(r[:3]) == sorted(r[3:]) for r in records) and any(r[:3] != r[3:] for r in records)
     model = recall.model("seqpe").double()
     log_p = model(batch[:, :-1])[0].log_softmax(-1)
     nats = -log_p.gather(-1, batch[:, 1:, None]).squeeze(-1)
@@ -1404,7 +1283,9 @@ def test_recalls_batches_loss_and_score(recall, monkeypatch):
     right = (wrong[:, answers].view(-1, 3, 3) == 0).all(-1).double().mean().item()
     for T in (64, 256):
         assert recall.score(model, "val", T) == pytest.approx(100 * right) and asked[-1].shape == (256, T + 1)
-        assert all(len(RECORD.findall(text)) == 6 for text in strings(recall, asked[-1]))
+        found = [[*RECORD.finditer(text)] for text in strings(recall, asked[-1])]
+        assert {len(each) for each in found} == {6} and {each[3].start() for each in found} == {T + 1 - 21}
+        assert len({each[0].start() for each in found}) > (T - 42) / 4      # anywhere before
 
 
 @pytest.mark.parametrize("shift_steps", [0, 1])
@@ -1413,8 +1294,9 @@ def test_what_a_step_gives_the_model(script, data, monkeypatch, windows, shift_s
     """Three of eight windows are moved, or all by chance and then without L_OOD; for nope none is."""
     losses, windows = [], "torn" if script is train_vit and windows == "counted" else windows
     task = task_of(script, data, f"--windows {windows} --shift-steps {shift_steps} --shift-prob 0.4 "
-                   "--batch-size 20 --contrast-weight 0.3 --distill-weight 0.5 --paper-groups 1")
-    monkeypatch.setattr(seqpe, "position_regularizers", lambda *_, **named: losses.append(named) or 0.25)
+                   "--pieces 3 --batch-size 20 --contrast-weight 0.3 --distill-weight 0.5 --paper-groups 1")
+    monkeypatch.setattr(seqpe.SequentialPE, "loss",
+                        lambda *said, **named: losses.append((*said, named)) or 0.25)
     for pe in ("seqpe", "rope", "nope"):
         model, n_offsets, n_plain, met = drawn(0, task.model, pe), set(), 0, []
         model.pe.register_forward_pre_hook(lambda _, given: met.append(given))
@@ -1433,11 +1315,11 @@ def test_what_a_step_gives_the_model(script, data, monkeypatch, windows, shift_s
                 offset = (positions - place)[:-1].movedim(-1, 1).flatten(0, 1)
                 assert offset.min() >= 0 and positions.max() < model.pe.max_position
                 n_offsets |= {len(each.unique()) for each in offset}
-            said = dict(contrast_weight=0.3, distill_weight=0.0 if shift_steps and n_moved else 0.5, paper=1)
+            said = model.pe, 0.3, 0.0 if shift_steps and n_moved else 0.5, dict(paper=1)
             assert (regularizers, losses) == ((0.25, [said]) if pe == "seqpe" else (0.0, [])), n_moved
             n_plain += not losses.clear() and not more
         assert n_plain == 40 if windows == "plain" or pe == "nope" else (10 < n_plain < 36) == shift_steps
-        assert n_offsets == (set() if n_plain == 40 else {1} if windows == "whole" else {1, 2, 3, 4})
+        assert n_offsets == (set() if n_plain == 40 else {1} if windows == "whole" else {1, 2, 3})
 
 
 def test_a_table_has_rows_for_what_training_meets(script, data):
@@ -1452,22 +1334,7 @@ def test_a_table_has_rows_for_what_training_meets(script, data):
         assert stretched.call_count == (4 if windows == "plain" else 0)
 
 
-def test_heat_map_is_a_picture_of_the_dot_products(capsys):
-    encoder = drawn(0, SeqPE, 8, 2)     # 0 to 19,999, five digits: the longest carry is that to 10000
-    train_lm.heat_map(encoder)
-    for start, picture in zip((0, 9992), capsys.readouterr().out[1:].split("\n\n"), strict=True):
-        e = encoder(torch.arange(start, start + 16).unsqueeze(-1))
-        grey = e @ e.T - (e @ e.T).min()
-        shades = (4 * grey / grey.max()).round().int()
-        lines = ["".join(2 * " ░▒▓█"[i] for i in row) for row in shades]
-        assert picture.splitlines() == [f"e_i . e_j, {start} to {start + 15}", *lines]
-    train_lm.heat_map(SeqPE(8, 2, n_dim=2, max_position=11))
-    assert re.findall("e_j, (.*)", capsys.readouterr().out) == ["0 to 1", "9 to 10"]
-
-
-def test_the_digits_are_ucis_and_each_is_in_one_split():
-    path = HERE / "data" / "digits.csv.gz"
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in (path.parent / "README.md").read_text()
+def test_each_digit_is_in_one_split():
     images, labels = train_vit.read_images("digits", 32)
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and images.max() == 240
     every, *splits = [torch.cat([images.flatten(1), labels[:, None]], dim=1).tolist() for images, labels in (
@@ -1489,13 +1356,13 @@ def test_images_of_ones_own(tmp_path):
     for labels in (np.arange(99) % 9, np.arange(99) // 11):
         write_npz(path, images=np.zeros((99, 4, 4), np.uint8), labels=labels)
         assert [{*of.tolist()} for _, of in task_of(train_vit, path).splits.values()] == [{*range(9)}] * 3
-    stripes = np.tile(np.array([0, 255, 0, 0], np.uint8), (250, 36, 9))[..., None].repeat(3, -1)
-    found = train_vit.read_images(write_npz(path, images=stripes, labels=np.arange(250) % 3), 9)[0]
-    assert found.shape == (250, 3, 9, 9) and (found[..., 1:-1].float() - 255 / 4).abs().max() < 8
+    stripes = np.tile(np.array([0, 255, 0, 0], np.uint8), (9, 36, 9))
+    found = train_vit.read_images(write_npz(path, images=stripes, labels=np.arange(9) % 3), 9)[0]
+    assert found.shape == (9, 1, 9, 9) and (found[..., 1:-1].float() - 255 / 4).abs().max() < 8
 
 
-def test_accuracy_counts_what_is_right_at_every_size_and_steps_look_at_a_share(monkeypatch):
-    """A model that knows three of four labels. A table of the training grid is always interpolated."""
+def test_accuracy_counts_what_is_right_at_every_size_and_steps_look_at_a_share():
+    """A model that knows three of four labels."""
     task, shown = task_of(train_vit, "digits"), []
     images, labels = task.splits["test"] = [each[:100] for each in task.splits["test"]]         # one batch
 
@@ -1504,19 +1371,13 @@ def test_accuracy_counts_what_is_right_at_every_size_and_steps_look_at_a_share(m
         shown.append(signals)
         return torch.eye(10)[(labels + (torch.arange(100) % 4 == 0)) % 10], None
 
-    model.shape = (4, 4)
-    for max_position, (title, how) in itertools.product((12, 4), task.tables.items()):
-        model.pe = SimpleNamespace(interpolate=lambda grid: grid, max_position=max_position)
-        stretched = max_position == 4 or "interpolated" in title
+    model.shape, model.pe = (4, 4), SimpleNamespace(interpolate=lambda grid: grid, max_position=12)
+    for title, how in task.tables.items():
         assert [task.score(model, "test", size, **how) for size in (8, 12, 16, 20, 24)] == [75.0] * 5
-        assert shown[-5:] == [None, *((n, n) if stretched else None for n in (6, 8, 10, 12))]
+        assert shown[-5:] == [None, *((n, n) if "interpolated" in title else None for n in (6, 8, 10, 12))]
     kept = [task.batch(seeded(i))[2] for i in range(200)]
     assert {len(k.unique()) for k in kept} == {len(k) for k in kept} == set(range(4, 17))       # of 16
     assert torch.cat(kept).bincount().min() > 100               # any of them
-    zoom_angle_x_y = torch.tensor([[1.0], [0.5], [0.5], [0.5]]).expand(4, 6)        # the middle at 3x
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: zoom_angle_x_y)
-    middle = train_vit.draw(images[:6], 24)[..., 8:16, 8:16]    # the filters differ a bit
-    assert (train_vit.augment(images[:6], 8, None) - middle).abs().mean() < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1527,8 +1388,8 @@ README, RESULTS = ((HERE / name).read_text(encoding="utf-8") for name in ("READM
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_the_readmes_options_tables_and_boxes(capsys):
-    """It names only options that exist; ours, the paper's and lines of files are right; the boxes fit."""
+def test_the_readmes_options_and_tables(capsys):
+    """It names only options that exist; ours, the paper's and lines of files are right."""
     for module in (train_lm, train_vit):
         with pytest.raises(SystemExit):
             module.main(["--help"])
@@ -1542,8 +1403,6 @@ def test_the_readmes_options_tables_and_boxes(capsys):
     rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README, re.M)
     sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.glob("*.py")}
     assert len(rows) > 2 and {name: int(lines) for name, lines in rows}.items() <= sizes.items()
-    boxes = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
-    assert boxes and max(len(line) for box in boxes for line in box.split("\n")) <= 95
 
 
 def test_the_commands_run_one_after_another_in_one_folder(tmp_path, library, monkeypatch):
@@ -1563,14 +1422,6 @@ def test_the_commands_run_one_after_another_in_one_folder(tmp_path, library, mon
     assert len(set(commands)) > 5 and len(files(tmp_path / "out", ".svg")) > 5
 
 
-def test_the_readmes_example_runs_beside_a_copy_of_seqpe_alone(tmp_path, monkeypatch):
-    (tmp_path / "seqpe.py").write_bytes((HERE / "seqpe.py").read_bytes())
-    monkeypatch.delitem(sys.modules, "seqpe")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    exec(EXAMPLE.replace("pretrain()", "pretrain(3)"), found := {})
-    assert found["attend"].__code__.co_filename == str(tmp_path / "seqpe.py") and found["loss"].isfinite()
-
-
 def test_the_readmes_example_holds_its_loss_beyond_the_training_length(T=32):
     """Trained for seconds in a GPT that has no encoding; on the same last characters of T to 8T."""
     splits = train_lm.read_text("python")
@@ -1579,6 +1430,7 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(T=32):
     model = drawn(0, GPT, len(index), T, n_layer=2, n_head=2, n_embd=64, pe="nope")
     example = EXAMPLE.replace("4, 16, 16, 64, 512", "2, 32, 16, 32, 320").replace("train()", "train(150)")
     exec(example, found := {})
+    assert found["loss"].isfinite()
     model.example, losses = found["pe"], []
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for step in range(250):
