@@ -119,7 +119,6 @@ def draw(images, size):
 
 def augment(images, size, generator):
     """The same, with a random zoom of 0.75 to 3 onto some part of them, turned by up to 15 degrees.
-
     The zoom covers the magnifications of the test: what a patch shows then, it has shown in training. Small
     zooms are the likelier, as little is left to recognise of a digit at 3.
     """
