@@ -1220,7 +1220,7 @@ def test_data_that_cannot_be_used_is_one_line(corpus, tmp_path, capsys):
     wrong += [dict(images=grey[:5], labels=n[:5]), dict(labels=n[1:]), dict(labels=n / 2)]
     for path, said, table in (
             (corpus, "too few", [b"", b"ab" * 10]), (corpus, "text file in UTF-8: ", [b"\xff"]),
-            (npz, "not digits, nor an .npz", [b"no zip", whole[:1000], dict(labels=None)]),
+            (npz, "nor an .npz", [b"no zip", whole[:999], dict(labels=None), dict(labels=n.astype("O"))]),
             (npz, "images must be uint8", wrong), (npz, "are -1 to 38", [dict(labels=n - 1)]),
             (npz, "are 9000 to 9039, but must be from 0 to below 40", [dict(labels=n + 9000)]),
             (npz, "label 1 is of too few images", [dict(labels=np.repeat([0, 1, 2], [36, 1, 3]))])):
