@@ -171,7 +171,7 @@ class SeqPE(nn.Module):
         """positions: (..., n_dim) integers -> e_p: (..., pe_embd)."""
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
-        # On a CPU, not compiled: Python would wait for a GPU. Else all numbers that digits can write pass.
+        # Not checked on a GPU, which would stall, nor in compiled code: what the digits can write passes.
         if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
             lowest, highest = int(positions.min()), int(positions.max())
             if lowest < 0 or highest >= self.max_position:
@@ -221,8 +221,8 @@ def place_windows(shape, n_moved, max_position, max_pieces=4):
 def training_windows(shape, n_sequences, max_position, n_moved=4, max_pieces=4):
     """Positions for a training step: windows (n_moved + 1, T, n_dim), and which of them each sequence has.
     ours: of eight sequences n_moved have a moved window each, the others the plain one, 0 to T - 1. The next
-    eight have the same ones, as the encoder has to read them. The paper: in a random tenth of the steps all
-    32 texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD.
+    eight reuse these, as each more costs the encoder time. The paper: in a random tenth of the steps all 32
+    texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD.
     """
     windows = place_windows(shape, n_moved, max_position, max_pieces)
     which = torch.randperm(8).clamp(max=n_moved)        # 0 1 2 3 4 4 4 4, shuffled
@@ -259,7 +259,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
     Not among the j: i itself, duplicates of i or c, and (ours, always:) others exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
-    group is its pivot, and all of e is compared. ours: all are pivots in turn, in each head; a mean of both.
+    group is its pivot, and all of e is compared. ours: each is pivot in turn, in each head; the mean of all.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -287,7 +287,7 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
 
     The paper's box has 256 or 17 x 17 positions, and is mostly far from the pivot. ours: it is around the
     pivot and mostly small, as plain candidates hardly teach a distance of 1: of 32 drawn below 2,048 the
-    nearest is about 32 away. ours, always: for images 256 is 16 x 16; and positions may repeat.
+    nearest is about 32 away. ours, always: the box of images is 16 x 16; and positions may repeat.
     """
     n_dim, max_position = encoder.n_dim, encoder.max_position
     pivots = torch.randint(max_position, (n_groups, 1, n_dim))
@@ -354,8 +354,8 @@ def distillation_loss(e, n_head, paper=False):
         t_ij = softmax over j of e_i . e_j  for m positions of the teacher, s_ij for those of a student
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
-    e: (n_students + 1, m, E), the teacher's last, which receive no gradient -> scalar: a mean over students
-    and heads, too, as in the paper. ours: the sum over j, as in a KL; the paper's mean is m times less.
+    e: (n_students + 1, m, E), the last the teacher's, without gradient -> scalar: a mean over students and
+    heads, too, as in the paper. ours: the sum over j, as in a KL; the paper's mean is m times less.
     """
     e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                           # (n_students + 1, H, m, E/H)
     logs = F.log_softmax(e @ e.transpose(-2, -1), dim=-1)                       # (n_students + 1, H, m, m)
@@ -398,7 +398,7 @@ class PositionEncoding(nn.Module):
         return [Signal()]
 
     def interpolate(self, shape):
-        """ours: the signals of another window, squeezed into that of training (EmbeddingPE resizes e_p)."""
+        """ours: the signals of another window, squeezed into that of training (EmbeddingPE: its vectors)."""
         return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
@@ -507,7 +507,7 @@ class SequentialPE(EmbeddingPE):
         scalar  a number, eq_i . ek_j, is added to q_i . k_j; one W for all layers
         mul     q_i * eq_i and k_j * ek_j, a W for each layer
 
-    The authors have scalar for text and mul for images; their code can do q_i + eq_i and k_j + ek_j, too.
+    These are the authors', scalar for text and mul for images; q_i + eq_i and k_j + ek_j they have, too.
     There e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: W
     starts as the identity for mul, and for scalar so that eq_i . ek_j / sqrt(D) is g * e_i . e_j, which
     L_delta makes fall with distance. g is 1 in the first head and 1/64 in the last of four: some begin by
@@ -548,8 +548,8 @@ class SequentialPE(EmbeddingPE):
 
     def loss(self, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
         """contrast_weight * L_delta + distill_weight * L_OOD, with the paper's weights: to be added to the
-        model's loss once for each update. ours, always: students lie anywhere, and all are compared at the
-        same m of their T places. The paper draws m for each, and has them at T / 4 or later (images: beyond).
+        model's loss once for each update. ours, always: students are anywhere, and all compared at the same m
+        of T places. The paper draws m for each student, at T / 4 or later (images: beyond the grid).
         """
         n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
         if paper:       # its numbers, for each GPU, of groups, too
@@ -582,7 +582,7 @@ class SequentialPE(EmbeddingPE):
             raise ValueError(f"the encoder learns nothing: its loss was {first:.3f} and is {loss:.3f}")
 
     def for_training(self, n_sequences, count=True):
-        """For another model's attention: eq, ek (B, H, T, E/H + 8), drawn anew for each forward pass."""
+        """For another model, fusion "scalar": eq, ek (B, H, T, E/H, + 8 if counted), drawn anew each time."""
         n_moved, max_pieces = (4, 4) if self.n_dim == 1 else (2, 8)     # best on our texts, and our images
         windows, which = training_windows(self.shape, n_sequences, self.max_position, n_moved, max_pieces)
         return self(windows, which, count and self.n_dim == 1)[0].extend.unbind(-4)

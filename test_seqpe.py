@@ -1396,11 +1396,11 @@ def test_the_readmes_options_and_tables(capsys):
     known, named = (set(re.findall(r"--[a-z][a-z-]+", text))
                     for text in (capsys.readouterr().out, README + RESULTS))
     assert "--pe" in named and named <= known | {"--index-url"}, named - known
-    rows = re.findall(r"^\| `--([a-z-]+)` \| ([\w.]+) \| ([\w.]+) \|", README, re.M)
+    rows = re.findall(r"^`--([a-z-]+)` \| ([\w.]+) \| ([\w.]+) \|", README, re.M)
     differ = {name.replace("_", "-"): row[:2] for name, row in train_lm.OPTIONS.items() if row[0] != row[1]}
     kinds = {name: type(ours) for name, (ours, _) in differ.items()}
     assert {name: (kinds[name](ours), kinds[name](paper)) for name, ours, paper in rows} == differ
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README, re.M)
+    rows = re.findall(r"^\[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README, re.M)
     sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.glob("*.py")}
     assert len(rows) > 2 and {name: int(lines) for name, lines in rows}.items() <= sizes.items()
 
