@@ -325,7 +325,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         replace it by a 3    5 6 3 8 9      or by any other digit
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
-    the number without zeros in front, two coordinates joined and cut at random afterwards. And sample_groups
+    the number without zeros in front, two coordinates as one number, cut anywhere afterwards. And sample_groups
     drops what is no decoy, where the paper draws again: of 8 for text about 4 stay, in the paper 7.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
@@ -511,7 +511,7 @@ class SequentialPE(EmbeddingPE):
     There e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: W
     starts as the identity for mul, and for scalar so that eq_i . ek_j / sqrt(D) is g * e_i . e_j, which
     L_delta makes fall with distance. g is 1 in the first head and 1/64 in the last of four: some begin by
-    looking nearby, some everywhere. ours: for scalar e_p is narrow, as attention pays for its size, pe_embd.
+    looking nearby, some everywhere. ours: head_norm; and for scalar a narrow e_p, as attention pays for it.
     """
 
     def __init__(self, n_head, head_dim, shape, max_position, n_layer=1, class_token=False, fusion="scalar",
@@ -552,7 +552,7 @@ class SequentialPE(EmbeddingPE):
         of T places. The paper draws m for each student, at T / 4 or later (images: beyond the grid).
         """
         n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
-        if paper:       # its numbers, for each GPU, of groups, too
+        if paper:       # its numbers for each GPU, n_groups, too
             n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if self.n_dim == 1 else (32, 64, 32, 64)
         groups = sample_groups(self.encoder, n_groups, n_candidates, paper)             # (P, 1 + M, n_dim)
         windows = place_windows(self.shape, n_students, self.max_position, max_pieces=1)
@@ -565,7 +565,7 @@ class SequentialPE(EmbeddingPE):
         return contrast_weight * near + distill_weight * far
 
     def pretrain(self, steps=1000, progress=iter):
-        """ours, all of it: order all positions before the model's first step, which a short training cannot.
+        """ours, all of it: a short training cannot order all positions, so it is done before its first step.
         All weights are drawn anew first, whatever a host's own initialisation or loading has left in them.
         """
         self.reset_parameters()
@@ -578,7 +578,7 @@ class SequentialPE(EmbeddingPE):
             nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if steps >= 100 and not loss < first:       # nor is nan
+        if steps >= 100 and not loss < first:       # true of nan, too
             raise ValueError(f"the encoder learns nothing: its loss was {first:.3f} and is {loss:.3f}")
 
     def for_training(self, n_sequences, count=True):
