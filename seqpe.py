@@ -325,7 +325,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         replace it by a 3    5 6 3 8 9      or by any other digit
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
-    the number without zeros in front, two coordinates as one number, then cut anywhere. And sample_groups drops
+    the number without zeros in front, two coordinates as one number, then cut anywhere. sample_groups drops
     what is no decoy, where the paper draws again: of 8 for text about 4 stay, in the paper 7.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
