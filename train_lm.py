@@ -4,7 +4,6 @@
     python train_lm.py --pe all --seed 0,1,2    every encoding, three times each, in one table and one chart
     python train_lm.py --recipe paper           our small version of the paper's recipe for SeqPE
     python train_lm.py --data recall            records in that text, asked for again at its end
-    python train_lm.py --data FILE              other text, in UTF-8
     python train_lm.py --resume                 go on after Ctrl-C or a crash, or show what is finished
 """
 
@@ -52,7 +51,7 @@ OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
 }
 
 
-def parse(argv, doc, tasks, options, more={}):
+def parse(argv, doc, tasks, options, bench=False):
     """The arguments of a script, and its task: of tasks, {--data: class}, the first is for files, too."""
     first, options = next(iter(tasks.values())), options | OPTIONS
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -67,8 +66,8 @@ def parse(argv, doc, tasks, options, more={}):
     add("--out", default="out", type=os.path.expanduser, help="folder of checkpoints and results (out)")
     add("--split", choices=("test", "val"), default="test", help="what tables score; settings: on val")
     add("--device", choices=devices, default=devices[-1])
-    for flag, keywords in more.items():
-        add(flag, **keywords)
+    if bench:
+        add("--bench", action="store_true", help="measure speed instead")
     for name, (*row, least, text) in options.items():
         value = first.defaults.get(name, row)[0]
         add("--" + name.replace("_", "-"), type=type(value), default=argparse.SUPPRESS,
@@ -124,8 +123,7 @@ class Text:
     encodings = ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
     defaults = {}                       # (ours, the paper's) in place of OPTIONS'
     tables = {"Loss in nats per character (lower is better), by characters of context": {}}     # for score()
-    form, n_evaluated = ".3f", 64       # of a score: how it is written, and of how many excerpts of text
-    least = 1                           # of --block-size
+    form, n_evaluated, least = ".3f", 64, 1     # a score's form, excerpts it is of; the least --block-size
 
     def __init__(self, args):
         text = read_text(args.data)
@@ -134,16 +132,12 @@ class Text:
         if args.block_size < self.least or args.reach.bit_count() != 1:
             raise ValueError(f"--block-size must be {self.least} or more, and --reach a power of two")
         if min(map(len, text.values())) <= self.sizes[-1]:
-            raise ValueError(f"--data {args.data}: {[*map(len, text.values())]} characters for training, "
-                             f"validation and test are too few to read {self.sizes[-1]} at once")
+            raise ValueError(f"--data {args.data}: too short to read {self.sizes[-1]} characters at once")
         self.splits = {name: self.encode(split) for name, split in text.items()}
-        self.prompt = self.encode((args.sample or text["val"][0]).replace("\r\n", "\n"))
         self.checksum = zlib.crc32("".join(text.values()).encode())
 
     def encode(self, text):
         index = {character: i for i, character in enumerate(self.characters)}
-        if unknown := set(text) - set(index):
-            raise ValueError(f"--sample: characters that the data has not: {''.join(sorted(unknown))[:20]!r}")
         return torch.tensor([index[character] for character in text])
 
     def model(self, pe):
@@ -171,8 +165,7 @@ class Text:
     def predict(self, model, text):
         """The logits (n, L, vocab_size) of the last L = block_size characters of text (n, T + 1)."""
         T, L = text.size(1) - 1, self.args.block_size
-        # A table of the training window alone is stretched.
-        signals = model.pe.interpolate((T,)) if T > model.pe.max_position else None
+        signals = model.pe.interpolate((T,)) if T > model.pe.max_position else None     # a table, stretched
         batches = text[:, :-1].to(self.args.device).split(max(1, 16384 // (T + 1)))
         return torch.cat([model(batch, signals=signals)[0][:, -L:].cpu()
                           for batch in tqdm(batches, f"reading {T}", leave=False, delay=5)])
@@ -185,9 +178,9 @@ class Text:
 
     @torch.no_grad()
     def show(self, model):
-        """A sample longer than the training context, where the encoding can."""
+        """A sample longer than the training context, where the encoding can; it goes on from other text."""
         longest = min(2 * self.args.block_size, model.pe.max_position)
-        idx = self.prompt[-max(1, longest // 2):].unsqueeze(0).to(self.args.device)
+        idx = self.splits["val"][:1 + longest // 8].unsqueeze(0).to(self.args.device)
         while idx.size(1) < longest:        # each token costs a pass over all of the text
             probabilities = (model(idx)[0][:, -1].float() / 0.8).softmax(-1)
             idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
@@ -330,12 +323,11 @@ def train(task, pe, seed, path):
 
 # ---- All of it --------------------------------------------------------------------------------------------
 
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 250"><style>
-text { font: 12px sans-serif; fill: #59636e } path { fill: none; stroke: #818b98 }
-.us path { stroke: #d1242f; stroke-width: 3 } .us text { fill: #d1242f; font-weight: bold }
-.tick { stroke: #d1d9e0 } @media (prefers-color-scheme: dark) { text { fill: #9198a1 }
-.us path { stroke: #ff7b72 } .us text { fill: #ff7b72 } .tick { stroke: #3d444d } }</style>
-<path class="tick" d="M36,40H216M36,120H216M36,200H216"/>"""
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 250"><style>text { font: 12px sans-serif;
+fill: #59636e } path { fill: none; stroke: #818b98 } .us path { stroke: #d1242f; stroke-width: 3 }
+.us text { fill: #d1242f; font-weight: bold } .tick { stroke: #d1d9e0 } @media (prefers-color-scheme: dark) {
+text { fill: #9198a1 } .us path { stroke: #ff7b72 } .us text { fill: #ff7b72 } .tick { stroke: #3d444d } }
+</style><path class="tick" d="M36,40H216M36,120H216M36,200H216"/>"""
 
 
 def report(title, form, columns, rows, path):
@@ -414,9 +406,7 @@ def bench(task, args, n_rounds=5):
 def main(argv=None):
     options = {"block_size": (128, 128, 1, "training length, in characters"),
                "reach": (16, 16, 1, "how many times that length is read at the end, a power of two")}
-    more = {"--sample": dict(metavar="PROMPT", help="what the sample at the end goes on from"),
-            "--bench": dict(action="store_true", help="measure speed instead")}
-    args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, more)
+    args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, bench=True)
     return bench(Task(args), args) if args.bench else run_all(Task, args)
 
 
