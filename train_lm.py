@@ -79,7 +79,7 @@ def parse(argv, doc, tasks, options, bench=False):
     args.settings = {name: Task.defaults.get(name, row)[paper] for name, row in options.items()} | given
     vars(args).update(args.settings)
     for name, (*_, least, _) in options.items():
-        most = 1 if name in ("shift_prob", "pe_dropout") else math.inf
+        most = 1 if name in ("shift_prob", "pe_dropout") else 10 ** 12
         if type(least) is int and not least <= args.settings[name] <= most:
             parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}")
     args.pe = first.encodings if args.pe == "all" else [*dict.fromkeys(args.pe.split(","))]
