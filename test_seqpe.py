@@ -1236,7 +1236,8 @@ def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, caps
         "--pe rotary": "unknown --pe 'rotary'; known: seqpe, rope,", "--pe all,rope": "unknown --pe 'all'",
         "--fusion sum": "choice: 'sum'", "--lr x": "float value: 'x'", "--lr nan": "--lr must be from 0",
         "--shift-prob 2": "--shift-prob must be from 0 to 1", "--load x": "unrecognized arguments: --load",
-        "--seed 0,": "literal for int() with base 10: ''", "--steps 0": "must be from 1 to",
+        "--seed 4294967296": "--seed must be integers", "--seed 0,": "'0,'", "--steps 0": "must be from 1 to",
+        "--pieces 10": "--pieces must be from 1 to 9",
         "--pe nope,rope --n-embd 6": "rope needs ", "--n-embd 10000000": "memory"}
     table |= {"--reach 5": "--reach a power of two",
               "--data recall --block-size 41": "--block-size must be 42"} if script is train_lm else {

@@ -79,13 +79,15 @@ def parse(argv, doc, tasks, options, bench=False):
     args.settings = {name: Task.defaults.get(name, row)[paper] for name, row in options.items()} | given
     vars(args).update(args.settings)
     for name, (*_, least, _) in options.items():
-        most = 1 if name in ("shift_prob", "pe_dropout") else 10 ** 12
+        most = {"shift_prob": 1, "pe_dropout": 1, "pieces": 9}.get(name, 10 ** 12)     # 9: count_channels'
         if type(least) is int and not least <= args.settings[name] <= most:
             parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}")
-    args.pe = first.encodings if args.pe == "all" else [*dict.fromkeys(args.pe.split(","))]
-    args.seed = [*dict.fromkeys(map(int, args.seed.split(",")))]
+    args.pe, args.seed = (list(dict.fromkeys(each.split(","))) for each in (args.pe, args.seed))
+    args.pe = first.encodings if args.pe == ["all"] else args.pe
     if unknown := set(args.pe) - set(first.encodings):
         parser.error(f"unknown --pe {min(unknown)!r}; known: {', '.join(first.encodings)}; or all alone")
+    if not all(seed.isdecimal() and int(seed) < 2 ** 32 for seed in args.seed):
+        parser.error(f"--seed must be integers from 0 to 2 ** 32 - 1, not {','.join(args.seed)!r}")
     return args, Task
 
 
@@ -298,8 +300,7 @@ def train(task, pe, seed, path):
 
     bar = tqdm(range(first, args.steps), pe, args.steps, initial=first, mininterval=1)
     for step in bar:
-        # Up in 5 % of the steps, then by a cosine to a tenth.
-        done = step / args.steps
+        done = step / args.steps        # the rate goes up in 5 % of the steps, then by a cosine to a tenth
         rate = args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
         loss, regularizers = training_loss(task, model, task.batch(data), args)
@@ -341,8 +342,7 @@ def report(title, form, columns, rows, path):
         print(f"{pe:<10}" + "".join(f" | {cell:>11}" for cell in cells))
     write_file(f"{path}.json", json.dumps({"columns": columns, title: rows}).encode())
 
-    # The chart: a line through the means, a bar for the deviation, SeqPE's in red.
-    title, _, axis = title.partition(", by ")
+    title, _, axis = title.partition(", by ")       # the chart: lines through the means, bars of deviation
     ends = [end for row in found.values() for mean, d in row for end in (mean - d, mean + d)]
     low, high = (0, 100) if "%" in title else (min(ends), max(ends))
     scale, step, name_at = 160 / (high - low or 1), 180 / max(1, len(columns) - 1), 0
@@ -367,8 +367,8 @@ def run_all(Task, args):
     out, task, results = Path(args.out), Task(args), {title: {} for title in Task.tables}
     out.mkdir(parents=True, exist_ok=True)
     name = lambda pe, seed: out / f"{Path(args.data).name}-{pe}{args.name}-seed{seed}"
-    shown = f"{name(','.join(args.pe), ','.join(map(str, args.seed)))}{'-val' * (args.split == 'val')}"
-    runs = [(pe, seed, Path(f"{name(pe, seed)}.pt")) for seed in args.seed for pe in args.pe]
+    shown = f"{name(','.join(args.pe), ','.join(args.seed))}{'-val' * (args.split == 'val')}"
+    runs = [(pe, int(seed), Path(f"{name(pe, seed)}.pt")) for seed in args.seed for pe in args.pe]
     for pe, _, path in runs:        # what is wrong with any model, or name of a file, is found out now
         model = task.model(pe)
         model.pe(window(model.shape))
