@@ -5,8 +5,8 @@ A position is a number, and a number can be written down: with two digits each, 
 training some sequences are moved to far positions (4), and two extra losses keep all positions in order (5).
 Then come how e_p and other encodings enter a model (6), a GPT (7), and a training step that uses it all.
 
-"The paper's" is what the authors' released code computes. What departs from it is marked "ours:". A function
-with an argument `paper` is ours by default; paper=True makes it the paper's, except for "ours, always:".
+"The paper's" is what the authors' released code computes. What departs from it is marked "ours:". The losses
+of section 5 are ours by default; paper=True makes them the paper's, except for what is "ours, always:".
 Shapes: B sequences of T positions, C the model's width, H heads of D channels each, E the size of e_p.
 """
 
@@ -23,7 +23,7 @@ def position_to_digits(positions, n_digits):
     """(..., n_dim) positions -> (..., n_dim * n_digits) digits, with zeros in front: (2, 13) -> 0 2 1 3."""
     place_values = 10 ** torch.arange(n_digits - 1, -1, -1, device=positions.device)    # ..., 100, 10, 1
     digits = positions.unsqueeze(-1) // place_values                                # (..., n_dim, n_digits)
-    # The first digit is not wrapped: of a number that is too long it is 10 or more, which no embedding takes.
+    # The first digit is not wrapped: of a number that is too long it is 10 or more, an error when embedded.
     digits[..., 1:] %= 10
     return digits.flatten(-2)
 
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
 
 def _init_weights(module):
-    """GPT-2's initialisation, of [CLS] as of the symbols."""
+    """GPT-2's initialisation; [CLS] has that of a symbol."""
     if isinstance(module, SeqPE):
         nn.init.normal_(module.cls, std=0.02)
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -146,8 +146,8 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size pe_embd.
     n_head: heads of the encoder, and of the attention that uses e_p. n_dim: how many coordinates a position
-    has, each 0 to max_position - 1. ours: that is a hard limit (in the paper only losses and shifting stop
-    there); choose little more than your longest input, as the losses have to order every position below it.
+    has, each 0 to max_position - 1. ours: that is a hard limit (in the paper only of what losses and shifting
+    draw); choose little more than your longest input: the losses have to order every position below it.
     ours: dropout is 0 (the paper 0.1 or 0.3), and head_norm, if given, is the length of e_p in each head.
     """
 
@@ -159,7 +159,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.n_digits = len(str(max_position - 1))
         self.symbol = nn.Embedding(10, pe_embd)                                 # which digit
-        self.place = nn.Embedding(n_dim * self.n_digits, pe_embd)               # at which of the K places
+        self.place = nn.Embedding(n_dim * self.n_digits, pe_embd)               # at which of these K places
         self.dimension = nn.Embedding(n_dim, pe_embd) if n_dim > 1 else None    # of which coordinate
         self.cls = nn.Parameter(torch.empty(pe_embd))
         self.blocks = nn.ModuleList(Block(pe_embd, n_head, True, dropout, "tanh") for _ in range(2))
@@ -171,7 +171,7 @@ class SeqPE(nn.Module):
         """positions: (..., n_dim) integers -> e_p: (..., pe_embd)."""
         if positions.dim() == 0 or positions.size(-1) != self.n_dim:
             raise ValueError(f"positions must be (..., n_dim={self.n_dim}), got {tuple(positions.shape)}")
-        # Not checked on a GPU, which would stall, nor in compiled code: what the digits can write passes.
+        # Not checked on a GPU, which would stall, nor in compiled code: 9,999 passes a limit of 2,048 there.
         if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
             lowest, highest = int(positions.min()), int(positions.max())
             if lowest < 0 or highest >= self.max_position:
@@ -211,7 +211,7 @@ def place_windows(shape, n_moved, max_position, max_pieces=4):
     offsets = [torch.randint(max_position - size + 1, (n_moved, max_pieces)) for size in shape]
     offsets = torch.stack(offsets, dim=-1).masked_fill(~used, max_position)
     offsets = offsets.sort(dim=1).values                                        # (n_moved, max_pieces, n_dim)
-    # All pieces but the first begin at a cut. Cuts need no order, as they are counted: piece 2 is after two.
+    # All pieces but the first begin at a cut. A position's piece is how many cuts it is past, in any order.
     cuts = torch.rand(n_moved, max_pieces - 1, len(shape)) * torch.tensor(shape)
     is_after = plain.unsqueeze(1) >= cuts.unsqueeze(1)                          # (n_moved, T, cuts, n_dim)
     piece = (is_after & used[:, None, 1:]).sum(2)                               # (n_moved, T, n_dim)
@@ -222,7 +222,7 @@ def training_windows(shape, n_sequences, max_position, n_moved=4, max_pieces=4):
     """Positions for a training step: windows (n_moved + 1, T, n_dim), and which of them each sequence has.
     ours: of eight sequences n_moved have a moved window each, the others the plain one, 0 to T - 1. The next
     eight reuse these, as each more costs the encoder time. The paper: in a random tenth of the steps all 32
-    texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD.
+    texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD, which ours has in every one.
     """
     windows = place_windows(shape, n_moved, max_position, max_pieces)
     which = torch.randperm(8).clamp(max=n_moved)        # 0 1 2 3 4 4 4 4, shuffled
@@ -230,13 +230,13 @@ def training_windows(shape, n_sequences, max_position, n_moved=4, max_pieces=4):
 
 
 def count_channels(windows, head_dim):
-    """ours: keys before a gap stand in for those skipped. Torn windows (B, T, 1) -> (B, 2, 1, T, 8), to be
-    appended to eq and ek. Channel r has a 1 for the queries that come after piece r, and for its keys a log:
+    """ours: for queries after a gap, the keys before it count for the skipped ones, too. A piece of 32 keys
+    before a gap of 968 stands for 1,000: log(1000 / 32) is added to the logit of each (sampled softmax).
 
-    A piece of 32 keys before a gap of 968 stands for the 1,000 keys of a long text: log(1000 / 32) is added
-    to the logit of each (sampled softmax). Without it, heads that look far meet only T keys in training, and
-    drown among thousands later. But a head that looks for one key would find it 31 times, where a long text
-    has it once: so only a random share of the log is added, 0 to 1 for each window.
+    Without it, heads that look far meet only T keys in training, and drown among thousands later. But a head
+    that looks for one key would find it 31 times, where a long text has it once: so only a random share of
+    the log is added, 0 to 1 for each window. Windows (B, T, 1) -> channels (B, 2, 1, T, 8), to be appended to
+    eq and ek, whose dot product adds it: in channel r queries after piece r have 1, keys of piece r the log.
     """
     skipped = (windows.diff(dim=1) - 1).clamp(min=0)                    # (B, T - 1, 1): 0 0 968 0 ...
     piece = F.pad(skipped > 0, (0, 0, 1, 0)).cumsum(1)                  # (B, T, 1):     0 0 0 1 1 ...
@@ -277,8 +277,8 @@ def contrastive_loss(e, positions, n_head, paper=False):
 def sample_groups(encoder, n_groups, n_candidates, paper=False):
     """Groups for L_delta, a pivot and then its M candidates: positions (P, 1 + M, n_dim).
 
-    A decoy is a position that is written much like the pivot, but lies farther away than the nearest of the
-    plain candidates. A group's candidates are drawn in one of three ways, which have these shares:
+    A decoy (hard negative) is written much like the pivot, but lies farther away than the nearest plain
+    candidate. A group's candidates are drawn in one of three ways, which have these shares:
 
         way      candidates                                         paper: text    images    ours
         plain    from all positions                                        0       0.5       0.2
@@ -299,7 +299,7 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
         size = (4 * (max_position / 4) ** torch.rand(n_groups, 1, 1).square()).long()
         start = pivots - (torch.rand(n_groups, 1, n_dim) * size).long()
         start = start.clamp(min=0).minimum(max_position - size)
-    box = (start + (torch.rand(plain.shape) * size).long()).clamp(max=max_position - 1)     # if it rounds up
+    box = (start + (torch.rand(plain.shape) * size).long()).clamp(max=max_position - 1)     # if rounded up
     way = torch.rand(n_groups, 1, 1)
     if not paper:
         return torch.cat([pivots, torch.where(way < 0.2, plain, box)], dim=1)
@@ -326,7 +326,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
     the number without zeros in front, two coordinates as one number, then cut anywhere. sample_groups drops
-    what is no decoy, where the paper draws again: of 8 for text about 4 stay, in the paper 7.
+    what is no decoy, where the paper draws again: of a text group's 8 about 4 stay, in the paper 7.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
     digits = digits.unsqueeze(1).repeat(1, n_negatives, 1)                              # (P, n_negatives, K)
@@ -406,7 +406,7 @@ class RoPE(PositionEncoding):
     """Su et al. 2021; for images Heo et al. 2024: a pair of channels is turned by frequency * coordinate."""
 
     def frequency(self, device):
-        """(1, 1, n_dim, D/2); a subclass may give (n_layer, H, ...). In float32, as angles need it."""
+        """(1, 1, n_dim, D/2), or of each layer and head (n_layer, H, ...). In float32, as angles need it."""
         n_pairs, rest = divmod(self.head_dim, 2 * self.n_dim)       # pairs that each coordinate turns
         if rest:
             raise ValueError(f"rope needs n_embd / n_head={self.head_dim} divisible by {2 * self.n_dim}")
@@ -508,10 +508,10 @@ class SequentialPE(EmbeddingPE):
         mul     q_i * eq_i and k_j * ek_j, a W for each layer
 
     These are the authors', scalar for text and mul for images; q_i + eq_i and k_j + ek_j they have, too.
-    There e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: W
-    starts as the identity for mul, and for scalar so that eq_i . ek_j / sqrt(D) is g * e_i . e_j, which
-    L_delta makes fall with distance. g is 1 in the first head and 1/64 in the last of four: some begin by
-    looking nearby, some everywhere. ours: head_norm; and for scalar a narrow e_p, as attention pays for it.
+    There e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: for
+    mul W starts as the identity; for scalar it is diagonal, and a head starts with g * e_i . e_j added to its
+    logits. L_delta makes e_i . e_j fall with distance; g is 1 in the first head and 1/64 in the last of four:
+    some look nearby, some everywhere. ours: head_norm; and for scalar a narrow e_p, as attention pays for it.
     """
 
     def __init__(self, n_head, head_dim, shape, max_position, n_layer=1, class_token=False, fusion="scalar",
@@ -548,8 +548,8 @@ class SequentialPE(EmbeddingPE):
 
     def loss(self, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
         """contrast_weight * L_delta + distill_weight * L_OOD, with the paper's weights: to be added to the
-        model's loss once for each update. ours, always: students are anywhere, and all compared at the same m
-        of T places. The paper draws m for each student, at T / 4 or later (images: beyond the grid).
+        model's loss once for each update. ours, always: students start anywhere, and all are compared at the
+        same m of T places; in the paper from T / 4 on (images: beyond the grid), each at m of its own.
         """
         n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
         if paper:       # its numbers for each GPU, n_groups, too
@@ -621,7 +621,7 @@ class Transformer(nn.Module):
         signals = signals * len(self.blocks) if len(signals) == 1 else signals
         for block, signal in zip(self.blocks, signals, strict=True):
             B, T, _ = x.shape
-            x = block(x, signal)        # may broadcast a signal that does not fit, without a word
+            x = block(x, signal)        # a signal that does not fit may broadcast
             if x.size(0) != B or any(t is not None and t.size(-2) != T for t in signal):
                 raise ValueError(f"the signals are not of the positions of {B} sequences of {T} tokens")
         return self.ln(x)

@@ -1181,13 +1181,13 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(script, data, tmp_pat
         path.write_bytes(content)
         assert cannot in outcome(capsys, *resumed) and path.read_bytes() == content
     torch.save(good | {"settings": good["settings"] | {"lr": 8.0}}, path)
-    assert outcome(capsys, *resumed).endswith(f"{cannot}it is of another lr")
+    assert outcome(capsys, *resumed).endswith(f"{cannot}it has another lr")
     if script is train_vit:
         write_npz(data, **{name: array[::-1] for name, array in np.load(data).items()})
     else:
         data.write_text(data.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     path.write_bytes(whole)
-    assert outcome(capsys, *resumed).endswith(f"{cannot}it is of another checksum of the data")
+    assert outcome(capsys, *resumed).endswith(f"{cannot}it has another checksum of the data")
     assert not steps.called
 
 
@@ -1219,7 +1219,7 @@ def test_data_that_cannot_be_used_is_one_line(corpus, tmp_path, capsys):
     for path, said, table in (
             (corpus, "too short", [b"", b"ab" * 10]), (corpus, "text file in UTF-8: ", [b"\xff"]),
             (npz, "nor an .npz", [b"no zip", whole[:999], dict(labels=None), dict(labels=n.astype("O"))]),
-            (npz, "images must be uint8", wrong), (npz, "are -1 to 38", [dict(labels=n - 1)]),
+            (npz, "needs uint8 images", wrong), (npz, "are -1 to 38", [dict(labels=n - 1)]),
             (npz, "are 9000 to 9039, but must be from 0 to below 40", [dict(labels=n + 9000)]),
             (npz, "label 1 is of too few images", [dict(labels=np.repeat([0, 1, 2], [36, 1, 3]))])):
         for content in table:
@@ -1237,11 +1237,11 @@ def test_arguments_that_cannot_be_used_are_one_line(script, data, tmp_path, caps
         "--fusion sum": "choice: 'sum'", "--lr x": "float value: 'x'", "--lr nan": "--lr must be from 0",
         "--shift-prob 2": "--shift-prob must be from 0 to 1", "--load x": "unrecognized arguments: --load",
         "--seed 4294967296": "--seed must be integers", "--seed 0,": "'0,'", "--steps 0": "must be from 1 to",
-        "--pieces 10": "--pieces must be from 1 to 9",
+        "--pieces 10": "choice: 10", "--shift-steps 2": "choice: 2",
         "--pe nope,rope --n-embd 6": "rope needs ", "--n-embd 10000000": "memory"}
     table |= {"--reach 5": "--reach a power of two",
               "--data recall --block-size 41": "--block-size must be 42"} if script is train_lm else {
-              "--image-size 2": "twice --patch-size", "--windows counted": "--windows counted is for text"}
+              "--image-size 2": "twice --patch-size", "--windows counted": "choice: 'counted'"}
     for line, said in table.items():
         found = outcome(capsys, script, data, tmp_path / "out", line)
         assert found is not None and said in found, (line, found)
@@ -1301,7 +1301,7 @@ def test_what_a_step_gives_the_model(script, data, monkeypatch, windows, shift_s
         model.pe.register_forward_pre_hook(lambda _, given: met.append(given))
         for i in range(40):
             batch = task.batch(seeded(i))
-            loss, regularizers = train_lm.training_loss(task, model, batch, task.args)
+            loss, regularizers = train_lm.training_loss(task, model, batch)
             (positions, *more), n_moved = met.pop(), 0
             place = seqpe.window(model.shape)[slice(None) if script is train_lm else batch[2]]
             assert loss.isfinite() and (positions[-1] if more else positions).equal(place)      # 0 to T - 1

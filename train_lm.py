@@ -3,8 +3,8 @@
     python train_lm.py --pe seqpe               real text, Python's own standard library: no download
     python train_lm.py --pe all --seed 0,1,2    every encoding, three times each, in one table and one chart
     python train_lm.py --recipe paper           our small version of the paper's recipe for SeqPE
-    python train_lm.py --data recall            records in that text, asked for again at its end
-    python train_lm.py --resume                 go on after Ctrl-C or a crash, or show what is finished
+    python train_lm.py --data recall            records in it, asked for again (1,200 steps, rate 0.001)
+    python train_lm.py --resume                 go on after Ctrl-C or a crash; show what is finished again
 """
 
 import argparse
@@ -28,7 +28,7 @@ from seqpe import GPT, training_windows, window
 
 # ---- Arguments --------------------------------------------------------------------------------------------
 
-OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
+OPTIONS = {     # ours, the value of --recipe paper, the least one or all there are, what it is
     "steps": (800, 800, 1, "training steps"),
     "batch_size": (32, 32, 1, "sequences in a step"),
     "lr": (3e-3, 3e-3, 0, "peak learning rate"),
@@ -36,15 +36,15 @@ OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
     "n_head": (4, 4, 1, "heads of a layer, in the model and in SeqPE's encoder"),
     "n_embd": (128, 128, 1, "width of the model"),
     "windows": ("counted", "whole", ("counted", "torn", "whole", "plain"), "how positions move in training"),
-    "pieces": (4, 4, 1, "the most pieces of a torn window, along each axis"),
-    "shift_prob": (0.5, 0.1, 0, "share of the eight windows of a step that are moved"),
-    "shift_steps": (0, 1, 0, "1: all eight are in that share of the steps, without L_OOD, else none"),
+    "pieces": (4, 4, range(1, 10), "the most pieces of a torn window, along each axis"),
+    "shift_prob": (0.5, 0.1, 0, "share of a step's eight windows that move, in eighths"),
+    "shift_steps": (0, 1, (0, 1), "1: all eight in that share of the steps, without L_OOD"),
     "contrast_weight": (0.1, 0.1, 0, "weight of L_delta"),
     "distill_weight": (0.1, 0.1, 0, "weight of L_OOD"),
-    "paper_groups": (0, 1, 0, "1: both losses as in the paper: groups, students, what is compared, the mean"),
+    "paper_groups": (0, 1, (0, 1), "1: both losses as in the paper: groups, students, heads, the mean"),
     "pretrain_steps": (1000, 0, 0, "steps of SeqPE's encoder alone before the model's first"),
     "head_norm": (6.0, 0.0, 0, "length of e_p in each head; 0: as it comes"),
-    "diagonal_maps": (1, 0, 0, "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
+    "diagonal_maps": (1, 0, (0, 1), "how the maps W start; 1: diagonal, 0: N(0, 0.02)"),
     "pe_embd": (64, 128, 1, "size of e_p and width of its encoder, for the fusion scalar"),
     "pe_dropout": (0.0, 0.1, 0, "dropout in SeqPE's encoder"),
     "fusion": ("scalar", "scalar", ("scalar", "mul"), "how SeqPE enters the model"),
@@ -52,8 +52,8 @@ OPTIONS = {     # ours, the value of --recipe paper, the least one, what it is
 
 
 def parse(argv, doc, tasks, options, bench=False):
-    """The arguments of a script, and its task: of tasks, {--data: class}, the first is for files, too."""
-    first, options = next(iter(tasks.values())), options | OPTIONS
+    """-> args, and the class of tasks, {--data: class}, that --data names; the first is for files, too."""
+    first, options = next(iter(tasks.values())), OPTIONS | options
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,17 +61,17 @@ def parse(argv, doc, tasks, options, bench=False):
     add("--pe", default="seqpe", help=f"a comma list of {', '.join(first.encodings)}; or all")
     add("--data", default=next(iter(tasks)), type=os.path.expanduser, help=f"{', '.join(tasks)}, or a file")
     add("--recipe", choices=("ours", "paper"), default=argparse.SUPPRESS, help="how SeqPE is trained (ours)")
-    add("--seed", default="0", help="of everything random, or a comma list of them")
-    add("--resume", action="store_true", help="go on with what --out holds of this command, or show it again")
+    add("--seed", default="0", help="of weights and batches, or a comma list of them (0)")
+    add("--resume", action="store_true", help="go on from what --out has; show a finished run again")
     add("--out", default="out", type=os.path.expanduser, help="folder of checkpoints and results (out)")
-    add("--split", choices=("test", "val"), default="test", help="what tables score; settings: on val")
-    add("--device", choices=devices, default=devices[-1])
+    add("--split", choices=("test", "val"), default="test", help="of the tables (test); settings: on val")
+    add("--device", choices=devices, default=devices[-1], help=f"({devices[-1]})")
     if bench:
         add("--bench", action="store_true", help="measure speed instead")
     for name, (*row, least, text) in options.items():
         value = first.defaults.get(name, row)[0]
         add("--" + name.replace("_", "-"), type=type(value), default=argparse.SUPPRESS,
-            choices=None if type(least) is int else least, help=f"{text} ({value})")
+            choices=None if least in (0, 1) else least, help=f"{text} ({value})")
     args = parser.parse_args(argv)          # has only those options that are given
     given = {name: getattr(args, name) for name in ("recipe", *options) if name in args}
     args.name = "".join(f"-{name}={value}" for name, value in given.items()).replace("_", "-")
@@ -79,8 +79,8 @@ def parse(argv, doc, tasks, options, bench=False):
     args.settings = {name: Task.defaults.get(name, row)[paper] for name, row in options.items()} | given
     vars(args).update(args.settings)
     for name, (*_, least, _) in options.items():
-        most = {"shift_prob": 1, "pe_dropout": 1, "pieces": 9}.get(name, 10 ** 12)     # 9: count_channels'
-        if type(least) is int and not least <= args.settings[name] <= most:
+        most = 1 if name in ("shift_prob", "pe_dropout") else 10 ** 12
+        if least in (0, 1) and not least <= args.settings[name] <= most:
             parser.error(f"--{name.replace('_', '-')} must be from {least} to {most}")
     args.pe, args.seed = (list(dict.fromkeys(each.split(","))) for each in (args.pe, args.seed))
     args.pe = first.encodings if args.pe == ["all"] else args.pe
@@ -89,6 +89,15 @@ def parse(argv, doc, tasks, options, bench=False):
     if not all(seed.isdecimal() and int(seed) < 2 ** 32 for seed in args.seed):
         parser.error(f"--seed must be integers from 0 to 2 ** 32 - 1, not {','.join(args.seed)!r}")
     return args, Task
+
+
+def settings_of(args, pe, sides):
+    """What GPT and ViT share. sides: of the window in training, and of those that are read."""
+    # On plain windows a table has no rows that training never meets: it is stretched.
+    longest = sides[0] if pe == "learned" and args.windows == "plain" else sides[-1]
+    names = ["n_layer", "n_head", "n_embd"]
+    names += ["fusion", "pe_embd", "head_norm", "diagonal_maps", "pe_dropout"] * (pe == "seqpe")
+    return {"pe": pe, "max_position": longest} | {name: args.settings[name] for name in names}
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -111,28 +120,19 @@ def read_text(data):
     return {"train": text[:cuts[0]], "val": text[cuts[0]:cuts[1]], "test": text[cuts[1]:]}
 
 
-def settings_of(args, pe, sides):
-    """What GPT and ViT share. sides: of the window in training, and of those that are read."""
-    # On plain windows a table has no rows that training never meets: it is stretched.
-    longest = sides[0] if pe == "learned" and args.windows == "plain" else sides[-1]
-    names = ["n_layer", "n_head", "n_embd"]
-    names += ["fusion", "pe_embd", "head_norm", "diagonal_maps", "pe_dropout"] * (pe == "seqpe")
-    return {"pe": pe, "max_position": longest} | {name: args.settings[name] for name in names}
-
-
 class Text:
     """Next-character prediction, scored on the same last characters with more and more context."""
     encodings = ["seqpe", "rope", "alibi", "sinusoidal", "learned", "nope"]
     defaults = {}                       # (ours, the paper's) in place of OPTIONS'
     tables = {"Loss in nats per character (lower is better), by characters of context": {}}     # for score()
-    form, n_evaluated, least = ".3f", 64, 1     # a score's form, excerpts it is of; the least --block-size
+    form, n_evaluated, least = ".3f", 64, 1     # of a score; excerpts it is of; the least --block-size
 
     def __init__(self, args):
+        if args.block_size < self.least or args.reach.bit_count() != 1:
+            raise ValueError(f"--block-size must be {self.least} or more, and --reach a power of two")
         text = read_text(args.data)
         self.args, self.characters = args, sorted(set().union(*text.values()))
         self.sizes = [args.block_size * 2 ** i for i in range(args.reach.bit_length())]     # 1x, 2x, 4x, ...
-        if args.block_size < self.least or args.reach.bit_count() != 1:
-            raise ValueError(f"--block-size must be {self.least} or more, and --reach a power of two")
         if min(map(len, text.values())) <= self.sizes[-1]:
             raise ValueError(f"--data {args.data}: too short to read {self.sizes[-1]} characters at once")
         self.splits = {name: self.encode(split) for name, split in text.items()}
@@ -184,7 +184,7 @@ class Text:
         longest = min(2 * self.args.block_size, model.pe.max_position)
         idx = self.splits["val"][:1 + longest // 8].unsqueeze(0).to(self.args.device)
         while idx.size(1) < longest:        # each token costs a pass over all of the text
-            probabilities = (model(idx)[0][:, -1].float() / 0.8).softmax(-1)
+            probabilities = (model(idx)[0][:, -1] / 0.8).softmax(-1)
             idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
         print("\n" + "".join(self.characters[i] for i in idx[0]))
 
@@ -215,12 +215,12 @@ class Recall(Text):
         return text
 
     def batch(self, generator):
-        # Copying is learned from texts with a record that is repeated, finding the right one from the others.
+        # Texts with one record, repeated, teach to copy; those with several, to find the right one.
         n_different = torch.randint(1, self.n_records + 1, (self.args.batch_size, 1), generator=generator)
         return self.ask(super().batch(generator), generator, n_different)
 
     def loss(self, model, batch, windows, which):
-        """In that of the text, an answer's character counts 1 + T / 9 times any other's."""
+        """The text's, and the mean over the answers' 9 characters: they weigh 1 + T / 9 times any other."""
         batch = batch.to(self.args.device)
         logits, loss = super().loss(model, batch, windows, which)
         asked = logits[:, self.answers].flatten(0, 2), batch[:, self.answers].flatten()
@@ -236,11 +236,11 @@ class Recall(Text):
 
 # ---- Training ---------------------------------------------------------------------------------------------
 
-def training_loss(task, model, batch, args):
+def training_loss(task, model, batch):
     """The model's loss, and SeqPE's two. Every encoding but nope gets the same kind of windows."""
+    args, windows, which = task.args, None, None
     share = torch.rand(()).item() < args.shift_prob if args.shift_steps else args.shift_prob
     n_moved = 0 if args.windows == "plain" or model.encoding == "nope" else round(8 * share)
-    windows = which = None
     if n_moved:
         windows, which = training_windows(model.shape, args.batch_size, model.pe.max_position, n_moved,
                                           1 if args.windows == "whole" else args.pieces)
@@ -268,8 +268,8 @@ def resume(path, settings, model, optimizer, data):
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         if different := [name for name in settings if found["settings"].get(name) != settings[name]]:
-            raise ValueError(f"it is of another {', '.join(different)}")
-        step, (cpu, batches, *cuda) = int(found["step"]), found["random"]
+            raise ValueError(f"it has another {', '.join(different)}")
+        step, (cpu, batches, *cuda) = found["step"], found["random"]
         model.load_state_dict(found["model"])
         optimizer.load_state_dict(found["optimizer"])
         torch.set_rng_state(cpu)
@@ -297,13 +297,12 @@ def train(task, pe, seed, path):
         first = resume(path, settings, model, optimizer, data)
     elif pe == "seqpe":
         model.pe.pretrain(args.pretrain_steps, progress=lambda steps: tqdm(steps, "encoder"))
-
     bar = tqdm(range(first, args.steps), pe, args.steps, initial=first, mininterval=1)
     for step in bar:
         done = step / args.steps        # the rate goes up in 5 % of the steps, then by a cosine to a tenth
         rate = args.lr * min(1.0, 20 * (done + 1 / args.steps)) * (0.55 + 0.45 * math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
-        loss, regularizers = training_loss(task, model, task.batch(data), args)
+        loss, regularizers = training_loss(task, model, task.batch(data))
         (loss + regularizers).backward()
         torch.nn.utils.clip_grad_norm_(of_model, 1.0)
         torch.nn.utils.clip_grad_norm_(of_pe, 1.0)
@@ -362,14 +361,13 @@ def report(title, form, columns, rows, path):
 
 def run_all(Task, args):
     """Train each encoding with each seed -> {title of a table: {encoding: [scores of each seed]}}"""
-    torch.set_float32_matmul_precision("high")      # TF32 on CUDA
-    torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
     out, task, results = Path(args.out), Task(args), {title: {} for title in Task.tables}
     out.mkdir(parents=True, exist_ok=True)
     name = lambda pe, seed: out / f"{Path(args.data).name}-{pe}{args.name}-seed{seed}"
     shown = f"{name(','.join(args.pe), ','.join(args.seed))}{'-val' * (args.split == 'val')}"
     runs = [(pe, int(seed), Path(f"{name(pe, seed)}.pt")) for seed in args.seed for pe in args.pe]
-    for pe, _, path in runs:        # what is wrong with any model, or name of a file, is found out now
+    Path(f"{shown}-0.json.tmp").unlink(missing_ok=True)     # the longest name: an error, if it is too long
+    for pe, _, path in runs:        # what is wrong with any model is found out now, too
         model = task.model(pe)
         model.pe(window(model.shape))
         if path.exists() and not args.resume:
@@ -384,18 +382,18 @@ def run_all(Task, args):
     return results
 
 
-def bench(task, args, n_rounds=5):
-    """Median milliseconds of a training step and of reading, and as multiples of the last encoding's."""
-    data = torch.Generator().manual_seed(0)
+def bench(task, n_rounds=5):
+    """Median milliseconds of the passes of a training step, and of reading; as multiples of the last's."""
+    args, data = task.args, torch.Generator().manual_seed(0)
     models = {pe: task.model(pe).to(args.device) for pe in args.pe}
     for T in (0, *task.sizes[::2]):         # a step of training, then reading T characters
         times = {pe: [] for pe in models}
         for pe, model in [*models.items()] * (n_rounds + 1):    # in turns: a drifting machine favours none
             began = timer()
             if T:
-                task.predict(model, torch.zeros(1, T + 1, dtype=torch.long))
+                task.predict(model.eval(), torch.zeros(1, T + 1, dtype=torch.long))
             else:
-                sum(training_loss(task, model, task.batch(data), args)).backward()
+                sum(training_loss(task, model.train(), task.batch(data))).backward()
                 model.zero_grad()
             times[pe].append(1000 * (timer() - began))
         median = {pe: statistics.median(each[1:]) for pe, each in times.items()}        # the first warms up
@@ -407,19 +405,21 @@ def main(argv=None):
     options = {"block_size": (128, 128, 1, "training length, in characters"),
                "reach": (16, 16, 1, "how many times that length is read at the end, a power of two")}
     args, Task = parse(argv, __doc__, {"python": Text, "recall": Recall}, options, bench=True)
-    return bench(Task(args), args) if args.bench else run_all(Task, args)
+    return bench(Task(args)) if args.bench else run_all(Task, args)
 
 
 def run_script(main):
     """What goes wrong is one line."""
+    torch.set_float32_matmul_precision("high")      # TF32 on CUDA
+    torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
     if isinstance(sys.stdout, io.TextIOWrapper):    # not so in a notebook
         sys.stdout.reconfigure(errors="replace")    # a console may not have all characters
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
         said = str(error).partition("\n")[0] or "out of memory: try smaller sizes"
+        if isinstance(error, RuntimeError) and "memory" not in said and "overflow" not in said:
+            raise
         argparse.ArgumentParser(usage=argparse.SUPPRESS).error(said)
     except KeyboardInterrupt:
         print("\nstopped: --resume goes on from the last of every 100 steps", file=sys.stderr)

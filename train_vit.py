@@ -33,6 +33,7 @@ class RoPEMixed(RoPE):
         angle = 2 * math.pi * torch.rand(self.n_layer, self.n_head, 1)
         angle = angle + torch.tensor([0, math.pi / 2])
         axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)         # (n_layer, H, 2, 2, 1)
+        # ours: from RoPE's theta of 100, and with weight decay; theirs 10, and without.
         of_one = super().frequency(None)[0, 0, 0, :self.head_dim // 4]
         self.learned = nn.Parameter((axes * of_one).flatten(-2))                    # (n_layer, H, 2, D/2)
 
@@ -81,9 +82,8 @@ class ViT(Transformer):
 def read_images(data, size):
     """--data -> images (n, channels, height, width) as uint8, labels (n,)."""
     if data == "digits":
-        # 64 pixels of 0 to 16, then the label
         path = Path(__file__).resolve().parent / "data" / "digits.csv.gz"
-        table = np.loadtxt(path, np.uint8, delimiter=",")
+        table = np.loadtxt(path, np.uint8, delimiter=",")       # 64 pixels of 0 to 16, then the label
         images, labels = table[:, :64].reshape(-1, 8, 8) * 15, table[:, 64]
     else:
         try:
@@ -95,13 +95,12 @@ def read_images(data, size):
     images = images[..., None] if images.ndim == 3 else images
     if (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size
             or len(images) < 9 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise ValueError(f"--data {data}: images must be uint8, (n, height, width) or (n, height, width, 3), "
-                         f"9 or more, labels (n,) integers; they are {images.dtype} {images.shape} and "
-                         f"{labels.dtype} {labels.shape}")
+        raise ValueError(f"--data {data}: needs uint8 images (9 or more, height, width[, 1 or 3]), as many "
+                         f"integer labels; has {images.dtype} {images.shape}; {labels.dtype} {labels.shape}")
     if not 0 <= labels.min() <= labels.max() < len(labels):
         raise ValueError(f"--data {data}: labels are {labels.min()} to {labels.max()}, but must be from 0 to "
                          f"below {len(labels)}, the number of images")
-    if data != "digits":        # shuffled, then by label: so every class is in every split
+    if data != "digits":        # shuffled, then by label: so a class of nine or more is in every split
         order = np.random.default_rng(0).permutation(len(images))
         order = order[labels[order].argsort(kind="stable")]
         images, labels = images[order], labels[order]
@@ -123,12 +122,12 @@ def augment(images, size, generator):
     zooms are the likelier, as little is left to recognise of a digit at 3.
     """
     B = len(images)
-    zoom, angle, x, y = torch.rand(4, B, generator=generator)
-    zoom, angle = 0.75 * 4 ** zoom.square(), (angle * 2 - 1) * math.radians(15)
+    u, v, x, y = torch.rand(4, B, generator=generator)
+    zoom, angle = 0.75 * 4 ** u.square(), (v * 2 - 1) * math.radians(15)
     # The image is as wide as [-1, 1]; the part that is seen has 1 / zoom of its width.
-    reach = (1 - 1 / zoom).abs() + 0.1
-    affine = torch.stack([angle.cos() / zoom, -angle.sin() / zoom, (x * 2 - 1) * reach,
-                          angle.sin() / zoom, angle.cos() / zoom, (y * 2 - 1) * reach], dim=-1).view(B, 2, 3)
+    far = (1 - 1 / zoom).abs() + 0.1
+    affine = torch.stack([angle.cos() / zoom, -angle.sin() / zoom, (x * 2 - 1) * far,
+                          angle.sin() / zoom, angle.cos() / zoom, (y * 2 - 1) * far], dim=-1).view(B, 2, 3)
     grid = F.affine_grid(affine, (B, 1, size, size), align_corners=False)
     images = F.grid_sample(images.float() / 255, grid, mode="bicubic", align_corners=False)
     return images.clamp(0, 1) * 2 - 1
@@ -139,13 +138,15 @@ def augment(images, size, generator):
 class Images:
     """Classification, scored on the same images enlarged to more and more patches."""
     encodings = ["seqpe", "rope", "rope_mixed", "sinusoidal", "learned", "nope"]
-    defaults = dict(n_embd=(96, 96), steps=(4000, 4000), lr=(1e-3, 1e-3), windows=("torn", "whole"),
-                    pieces=(8, 8), shift_prob=(0.25, 0.1), pe_embd=(32, 96), fusion=("scalar", "mul"))
+    defaults = dict(n_embd=(96, 96), steps=(4000, 4000), lr=(1e-3, 1e-3), pieces=(8, 8),
+                    shift_prob=(0.25, 0.1), pe_embd=(32, 96), fusion=("scalar", "mul"))
     tables = {"Images recognised in %, the grid extended, by size in pixels": dict(interpolate=False),
               "Images recognised in %, the grid interpolated, by size in pixels": dict(interpolate=True)}
     form = ".1f"
 
     def __init__(self, args):
+        if args.image_size < 2 * args.patch_size:
+            raise ValueError("--image-size must be twice --patch-size or more")
         images, labels = read_images(args.data, args.image_size)
         # Of every nine images two are for the test, and one is for validation: for choosing settings.
         ninth = torch.arange(len(images)) % 9
@@ -154,8 +155,6 @@ class Images:
         if unknown := set(labels.tolist()) - set(self.splits["train"][1].tolist()):
             raise ValueError(f"--data {args.data}: label {min(unknown)} is of too few images to train on any")
         self.args, self.about = args, (images.size(1), int(labels.max()) + 1)     # channels, classes
-        if args.image_size < 2 * args.patch_size or args.windows == "counted":
-            raise ValueError("--image-size must be twice --patch-size or more; --windows counted is for text")
         self.sizes = [round(args.image_size * m / args.patch_size) * args.patch_size for m in MAGNIFICATIONS]
         self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.contiguous().numpy()))
 
@@ -187,7 +186,7 @@ class Images:
         """The share of images, in %, that are recognised."""
         right, (images, labels) = 0, self.splits[split]
         grid, signals = (size // self.args.patch_size,) * 2, None
-        # A table of the training grid alone can only be interpolated.
+        # A table of the training grid alone can only be interpolated: then both tables are equal.
         if (interpolate or grid[0] > model.pe.max_position) and grid != model.shape:
             signals = model.pe.interpolate(grid)
         for some in tqdm(torch.arange(len(labels)).split(100), f"{size} px", leave=False, delay=5):
@@ -201,7 +200,8 @@ class Images:
 
 def main(argv=None):
     options = {"image_size": (32, 32, 1, "training size, in pixels"),
-               "patch_size": (4, 4, 1, "size of a patch, in pixels")}
+               "patch_size": (4, 4, 1, "size of a patch, in pixels"),
+               "windows": ("torn", "whole", ("torn", "whole", "plain"), "how positions move in training")}
     args, Task = parse(argv, __doc__, {"digits": Images}, options)
     return run_all(Task, args)
 
