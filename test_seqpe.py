@@ -1,6 +1,5 @@
-"""The tests: the arithmetic of seqpe.py against slow loops in float64, what is promised of it, and the path
-of tensors between host and GPU, for which no GPU is needed; then the scripts as a user runs them, interrupts
-them and mistypes them; then what the README says.
+"""The arithmetic of seqpe.py against slow loops in float64, what is promised of it, the path of tensors
+between host and GPU, without a GPU; the scripts as a user runs, interrupts and mistypes them; the README.
 """
 
 import errno
@@ -858,8 +857,7 @@ def test_errors_say_what_is_wrong(call, error, match):
         call()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The scripts
+# ---- The scripts
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --pe-embd 8 --batch-size 4 --steps 10 --pretrain-steps 5"
 SIZE = {train_lm: "--block-size 8", train_vit: "--image-size 8 --patch-size 2"}
@@ -1197,6 +1195,7 @@ def test_what_cannot_be_written_is_one_line(script, data, tmp_path, monkeypatch,
     full, write = OSError(errno.ENOSPC, "No space left on device"), Path.write_bytes
     for wrong in (data, data / "out"):
         assert str(data) in outcome(capsys, script, data, wrong, more)
+    assert "too long" in outcome(capsys, script, data, out, f"--seed {','.join(map(str, range(99)))}")
     assert not steps.called and not files(out)
 
     def half(path, content):        # of the second checkpoint, at step 101
@@ -1227,6 +1226,9 @@ def test_data_that_cannot_be_used_is_one_line(corpus, tmp_path, capsys):
             line = outcome(capsys, script[path], path, tmp_path / "out")
             assert line and f"--data {path}: " in line and said in line, (content, line)
         assert f"--data {tmp_path}: " in outcome(capsys, script[path], tmp_path, tmp_path / "out")
+    for path, reads in ((corpus, (Path, "read_text")), (npz, (np, "load"))):
+        with patch.object(*reads, side_effect=PermissionError(errno.EACCES, "Permission denied")):
+            assert "Permission denied" in outcome(capsys, script[path], path, tmp_path / "out")
     corpus.write_bytes(b"\xef\xbb\xbf" + b"abc\r\n" * 1000)     # a byte order mark is no character
     assert task_of(train_lm, corpus).characters == ["\n", *"abc"]
 
@@ -1379,8 +1381,7 @@ def test_accuracy_counts_what_is_right_at_every_size_and_steps_look_at_a_share()
     assert torch.cat(kept).bincount().min() > 100               # any of them
 
 
-# ------------------------------------------------------------------------------------------------------------
-# README.md and data/RESULTS.md
+# ---- README.md and data/RESULTS.md
 
 HERE = Path(seqpe.__file__).parent
 README, RESULTS = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "data/RESULTS.md"))
