@@ -1,7 +1,7 @@
 """SeqPE: Transformer with Sequential Position Encoding (Li et al., arXiv 2506.13277). MIT licence.
 
 A position is a number, and a number can be written down: with two digits each, (2, 13) is 0 2 1 3 (section
-1). A small transformer (2) reads the digits and returns e_p, a vector that says where that is (3). In
+1). A small transformer (2) reads the digits and returns e_p, a vector that stands for it (3). In
 training some sequences are moved to far positions (4), and two extra losses keep all positions in order (5).
 Then come how e_p and other encodings enter a model (6), a GPT (7), and a training step that uses it all.
 
@@ -146,8 +146,8 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size pe_embd.
     n_head: heads of the encoder, and of the attention that uses e_p. n_dim: how many coordinates a position
-    has, each 0 to max_position - 1. ours: that is a hard limit (in the paper only of what losses and shifting
-    draw); choose little more than your longest input: the losses have to order every position below it.
+    has, each 0 to max_position - 1. ours: that is a hard limit (the paper's is one for losses and shifting
+    alone); choose little more than your longest input: the losses have to order every position below it.
     ours: dropout is 0 (the paper 0.1 or 0.3), and head_norm, if given, is the length of e_p in each head.
     """
 
@@ -159,7 +159,7 @@ class SeqPE(nn.Module):
         self.max_position, self.head_norm = max_position, head_norm
         self.n_digits = len(str(max_position - 1))
         self.symbol = nn.Embedding(10, pe_embd)                                 # which digit
-        self.place = nn.Embedding(n_dim * self.n_digits, pe_embd)               # at which of these K places
+        self.place = nn.Embedding(n_dim * self.n_digits, pe_embd)               # at which of K places
         self.dimension = nn.Embedding(n_dim, pe_embd) if n_dim > 1 else None    # of which coordinate
         self.cls = nn.Parameter(torch.empty(pe_embd))
         self.blocks = nn.ModuleList(Block(pe_embd, n_head, True, dropout, "tanh") for _ in range(2))
@@ -221,8 +221,8 @@ def place_windows(shape, n_moved, max_position, max_pieces=4):
 def training_windows(shape, n_sequences, max_position, n_moved=4, max_pieces=4):
     """Positions for a training step: windows (n_moved + 1, T, n_dim), and which of them each sequence has.
     ours: of eight sequences n_moved have a moved window each, the others the plain one, 0 to T - 1. The next
-    eight reuse these, as each more costs the encoder time. The paper: in a random tenth of the steps all 32
-    texts of a GPU move, to 16 of its 320 places; these steps are without L_OOD, which ours has in every one.
+    eight reuse these, as every window costs time. The paper: in a random tenth of the steps all 32 texts of a
+    GPU move, to 16 of its 320 places; these steps are without L_OOD, which ours has in every one.
     """
     windows = place_windows(shape, n_moved, max_position, max_pieces)
     which = torch.randperm(8).clamp(max=n_moved)        # 0 1 2 3 4 4 4 4, shuffled
@@ -233,10 +233,10 @@ def count_channels(windows, head_dim):
     """ours: for queries after a gap, the keys before it count for the skipped ones, too. A piece of 32 keys
     before a gap of 968 stands for 1,000: log(1000 / 32) is added to the logit of each (sampled softmax).
 
-    Without it, heads that look far meet only T keys in training, and drown among thousands later. But a head
-    that looks for one key would find it 31 times, where a long text has it once: so only a random share of
-    the log is added, 0 to 1 for each window. Windows (B, T, 1) -> channels (B, 2, 1, T, 8), to be appended to
-    eq and ek, whose dot product adds it: in channel r queries after piece r have 1, keys of piece r the log.
+    Else heads that look far would meet only T keys in training, and drown among thousands later. But a head
+    that looks for one key would find it 31 times, where a long text has it once: so each window draws which
+    share of its logs is added, between none and all. Windows (B, T, 1) -> channels (B, 2, 1, T, 8), for eq
+    and ek, whose dot product adds the log: channel r is 1 for queries after piece r, the log for its keys.
     """
     skipped = (windows.diff(dim=1) - 1).clamp(min=0)                    # (B, T - 1, 1): 0 0 968 0 ...
     piece = F.pad(skipped > 0, (0, 0, 1, 0)).cumsum(1)                  # (B, T, 1):     0 0 0 1 1 ...
@@ -299,7 +299,7 @@ def sample_groups(encoder, n_groups, n_candidates, paper=False):
         size = (4 * (max_position / 4) ** torch.rand(n_groups, 1, 1).square()).long()
         start = pivots - (torch.rand(n_groups, 1, n_dim) * size).long()
         start = start.clamp(min=0).minimum(max_position - size)
-    box = (start + (torch.rand(plain.shape) * size).long()).clamp(max=max_position - 1)     # if rounded up
+    box = (start + (torch.rand(plain.shape) * size).long()).clamp(max=max_position - 1)     # float rounding
     way = torch.rand(n_groups, 1, 1)
     if not paper:
         return torch.cat([pivots, torch.where(way < 0.2, plain, box)], dim=1)
@@ -325,8 +325,8 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
         replace it by a 3    5 6 3 8 9      or by any other digit
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
-    the number without zeros in front, two coordinates as one number, then cut anywhere. sample_groups drops
-    what is no decoy, where the paper draws again: of a text group's 8 about 4 stay, in the paper 7.
+    the number without zeros in front, two coordinates joined to one, and cut anywhere after. sample_groups
+    drops what is no decoy, the paper draws again: of a text group's 8 about 4 stay, in the paper 7.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
     digits = digits.unsqueeze(1).repeat(1, n_negatives, 1)                              # (P, n_negatives, K)
@@ -398,7 +398,7 @@ class PositionEncoding(nn.Module):
         return [Signal()]
 
     def interpolate(self, shape):
-        """ours: the signals of another window, squeezed into that of training (EmbeddingPE: its vectors)."""
+        """ours: signals of another window, its positions scaled into the training one's."""
         return self((window(shape).float() + 0.5) * torch.tensor(self.shape) / torch.tensor(shape) - 0.5)
 
 
@@ -485,7 +485,7 @@ class LearnedPE(EmbeddingPE):
 
 class SinusoidalPE(EmbeddingPE):
     """Vaswani et al. 2017. ours: each dimension has its share of channels; and a learned gain, 0.1 at first,
-    as tokens start at 0.02 and would stay unread beside larger vectors.
+    as tokens start at 0.02 and would be lost beside sines of 1.
     """
 
     def __init__(self, *args, **kwargs):
@@ -530,7 +530,7 @@ class SequentialPE(EmbeddingPE):
         if self.cls is not None:        # ours: with head_norm it starts at about the size of e_p's channels
             nn.init.normal_(self.cls, std=1.0 if self.encoder.head_norm else 0.02)
         g = 2.0 ** (-8 * torch.arange(self.n_head) / self.n_head)               # one for each head
-        # The root, as W is in queries and in keys; and attend divides by sqrt(D).
+        # A root, as W makes queries and keys; and attend divides by sqrt(D).
         diagonal = (g * self.head_dim ** 0.5).sqrt() if self.field == "extend" else torch.ones(self.n_head)
         for W in self.maps:
             _init_weights(W)
@@ -552,7 +552,7 @@ class SequentialPE(EmbeddingPE):
         same m of T places; in the paper from T / 4 on (images: beyond the grid), each at m of its own.
         """
         n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
-        if paper:       # its numbers for each GPU, n_groups, too
+        if paper:       # its numbers for each GPU, also of n_groups
             n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if self.n_dim == 1 else (32, 64, 32, 64)
         groups = sample_groups(self.encoder, n_groups, n_candidates, paper)             # (P, 1 + M, n_dim)
         windows = place_windows(self.shape, n_students, self.max_position, max_pieces=1)
@@ -565,7 +565,7 @@ class SequentialPE(EmbeddingPE):
         return contrast_weight * near + distill_weight * far
 
     def pretrain(self, steps=1000, progress=iter):
-        """ours, all of it: a short training cannot order all positions, so it is done before its first step.
+        """ours, all of it: a short training cannot order all positions, so they are ordered before it.
         All weights are drawn anew first, whatever a host's own initialisation or loading has left in them.
         """
         self.reset_parameters()
