@@ -146,8 +146,8 @@ def _init_weights(module):
 class SeqPE(nn.Module):
     """Reads the digits of a position and returns its embedding e_p, of size pe_embd.
     n_head: heads of the encoder, and of the attention that uses e_p. n_dim: how many coordinates a position
-    has, each 0 to max_position - 1. ours: that is a hard limit (the paper's is one for losses and shifting
-    alone); choose little more than your longest input: the losses have to order every position below it.
+    has, each 0 to max_position - 1. ours: that is a hard limit (the paper's is its digits': 99,999 for
+    text, 99 for images). Choose little more than your longest input: the losses have to order all below it.
     ours: dropout is 0 (the paper 0.1 or 0.3), and head_norm, if given, is the length of e_p in each head.
     """
 
@@ -326,7 +326,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
     the number without zeros in front, two coordinates joined to one, and cut anywhere after. sample_groups
-    drops what is no decoy, the paper draws again: of a text group's 8 about 4 stay, in the paper 7.
+    drops what is past the limit, the paper draws that again: of a text's 8 about 4 stay, in the paper 6.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
     digits = digits.unsqueeze(1).repeat(1, n_negatives, 1)                              # (P, n_negatives, K)
@@ -464,7 +464,7 @@ class EmbeddingPE(PositionEncoding):
         return [Signal(input=e)] + [Signal()] * (self.n_layer - 1)
 
     def interpolate(self, shape):
-        """The embeddings of the training window are resized, as in the authors' code: linearly for text."""
+        """The training window's embeddings are resized (in the authors' code, for text, only a table's)."""
         grid = self.embed(window(self.shape)).T.unflatten(-1, self.shape).unsqueeze(0)  # (1, E, *self.shape)
         grid = F.interpolate(grid, size=tuple(shape), mode=("linear", "bicubic", "trilinear")[self.n_dim - 1])
         return self.signals(None, interpolated=grid.flatten(2)[0].T)

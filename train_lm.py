@@ -291,7 +291,7 @@ def train(task, pe, seed, path):
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)        # ours, as are the rates
-    # As in the paper, an encoding's gradient is clipped apart (there SeqPE's at 5, and W with the model).
+    # An encoding's gradient is clipped apart, as SeqPE's is in the paper (there at 5, and W with the model).
     of_pe, of_model = [*model.pe.parameters()], [p for n, p in model.named_parameters() if n[:3] != "pe."]
     if path.exists():
         first = resume(path, settings, model, optimizer, data)

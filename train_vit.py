@@ -33,7 +33,7 @@ class RoPEMixed(RoPE):
         angle = 2 * math.pi * torch.rand(self.n_layer, self.n_head, 1)
         angle = angle + torch.tensor([0, math.pi / 2])
         axes = torch.stack([angle.cos(), angle.sin()], dim=2).unsqueeze(-1)         # (n_layer, H, 2, 2, 1)
-        # ours: from RoPE's theta of 100, and with weight decay; theirs 10, and without.
+        # ours: from RoPE's theta of 100, and with weight decay; Heo et al. 10, and without.
         of_one = super().frequency(None)[0, 0, 0, :self.head_dim // 4]
         self.learned = nn.Parameter((axes * of_one).flatten(-2))                    # (n_layer, H, 2, D/2)
 
