@@ -409,7 +409,7 @@ def main(argv=None):
 
 
 def run_script(main):
-    """What goes wrong is one line."""
+    """Run it with our settings of torch; what goes wrong is one line."""
     torch.set_float32_matmul_precision("high")      # TF32 on CUDA
     torch.set_flush_denormal(True)                  # a CPU is slow with the far tails of a softmax
     if isinstance(sys.stdout, io.TextIOWrapper):    # not so in a notebook
