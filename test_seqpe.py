@@ -1428,7 +1428,7 @@ def test_the_readmes_example_holds_its_loss_beyond_the_training_length(T=32):
     index = {c: i for i, c in enumerate(sorted(set("".join(splits.values()))))}
     train, val = (torch.tensor([index[c] for c in splits[name][:10 ** 6]]) for name in ("train", "val"))
     model = drawn(0, GPT, len(index), T, n_layer=2, n_head=2, n_embd=64, pe="nope")
-    example = EXAMPLE.replace("4, 16, 16, 64, 512", "2, 32, 16, 32, 320").replace("train()", "train(150)")
+    example = EXAMPLE.replace("4, 32, 16, 64, 512", "2, 32, 16, 32, 320").replace("train()", "train(150)")
     exec(example, found := {})
     assert found["loss"].isfinite()
     model.example, losses = found["pe"], []
