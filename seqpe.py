@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, signal=Signal(), last_only=False):
-        """x: (B, T, C) -> (B, T, C), or (B, 1, C) if last_only: the last one asks, as [CLS] in section 3."""
+        """x: (B, T, C) -> (B, T, C), or (B, 1, C) if last_only: only the last is a query (section 3)."""
         q = self.query(x[:, -1:] if last_only else x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k, v = self.key_value(x).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)    # (B, H, T, D)
         if signal.mul is not None:
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """GPT-2's pre-norm layer. GELU is "tanh" in the encoder, exact ("none") in ViT and (ours) in GPT, too."""
+    """GPT-2's pre-norm layer. GELU is "tanh" in the encoder, exact ("none") in ViT and, ours, in GPT."""
 
     def __init__(self, n_embd, n_head, causal=True, dropout=0.0, approximate="none"):
         super().__init__()
@@ -234,8 +234,8 @@ def count_channels(windows, head_dim):
     before a gap of 968 stands for 1,000: log(1000 / 32) is added to the logit of each (sampled softmax).
 
     Else heads that look far would meet only T keys in training, and drown among thousands later. But a head
-    that looks for one key would find it 31 times, where a long text has it once: so each window draws which
-    share of its logs is added, between none and all. Windows (B, T, 1) -> channels (B, 2, 1, T, 8), for eq
+    that looks for one key would see it as if 31 times, where a long text has it once: so each window draws
+    which share of its logs is added, from 0 to 1. Windows (B, T, 1) -> channels (B, 2, 1, T, 8), for eq
     and ek, whose dot product adds the log: channel r is 1 for queries after piece r, the log for its keys.
     """
     skipped = (windows.diff(dim=1) - 1).clamp(min=0)                    # (B, T - 1, 1): 0 0 968 0 ...
@@ -259,7 +259,7 @@ def contrastive_loss(e, positions, n_head, paper=False):
 
     Not among the j: i itself, duplicates of i or c, and (ours, always:) others exactly as near as c.
     e: (P, N, E), the embeddings of P groups of positions (P, N, n_dim) -> scalar. In the paper the first of a
-    group is its pivot, and all of e is compared. ours: each is pivot in turn, in each head; the mean of all.
+    group is its pivot, and e is not split into heads. ours: each is pivot in turn, for each head; the mean.
     """
     n_head, n_pivots = (1, 1) if paper else (n_head, positions.size(1))
     pivots, others = positions[:, :n_pivots].unsqueeze(2), positions.unsqueeze(1)
@@ -326,7 +326,7 @@ def sample_hard_negatives(encoder, pivots, n_negatives):
 
     (P, n_dim) -> (P, n_negatives, n_dim). ours, always: all K digits are edited, as one row; the paper edits
     the number without zeros in front, two coordinates joined to one, and cut anywhere after. sample_groups
-    drops what is past the limit, the paper draws that again: of a text's 8 about 4 stay, in the paper 6.
+    drops what is past the limit, the paper draws that again: of 8 for text about 4 stay, in the paper 6.
     """
     digits = position_to_digits(pivots, encoder.n_digits)                               # (P, K)
     digits = digits.unsqueeze(1).repeat(1, n_negatives, 1)                              # (P, n_negatives, K)
@@ -354,8 +354,8 @@ def distillation_loss(e, n_head, paper=False):
         t_ij = softmax over j of e_i . e_j  for m positions of the teacher, s_ij for those of a student
         L_OOD = mean over rows i of  sum_j (t_ij - s_ij) (log t_ij - log s_ij)  =  KL(t_i, s_i) + KL(s_i, t_i)
 
-    e: (n_students + 1, m, E), the last the teacher's, without gradient -> scalar: a mean over students and
-    heads, too, as in the paper. ours: the sum over j, as in a KL; the paper's mean is m times less.
+    e: (n_students + 1, m, E), the last the teacher's, without gradient -> scalar. As in the paper it is
+    the mean over students and heads, too. ours: the sum over j, as in a KL; theirs, a mean, is m times less.
     """
     e = e.unflatten(-1, (n_head, -1)).transpose(1, 2)                           # (n_students + 1, H, m, E/H)
     logs = F.log_softmax(e @ e.transpose(-2, -1), dim=-1)                       # (n_students + 1, H, m, m)
@@ -509,7 +509,7 @@ class SequentialPE(EmbeddingPE):
 
     These are the authors', scalar for text and mul for images; q_i + eq_i and k_j + ek_j they have, too.
     There e_p is as wide as the model, and W starts at N(0, 0.02), as here with diagonal_maps=False. ours: for
-    mul W starts as the identity; for scalar it is diagonal, and a head starts with g * e_i . e_j added to its
+    mul W starts as the identity; for scalar as a diagonal, and a head starts with g * e_i . e_j added to its
     logits. L_delta makes e_i . e_j fall with distance; g is 1 in the first head and 1/64 in the last of four:
     some look nearby, some everywhere. ours: head_norm; and for scalar a narrow e_p, as attention pays for it.
     """
@@ -548,11 +548,11 @@ class SequentialPE(EmbeddingPE):
 
     def loss(self, contrast_weight=0.1, distill_weight=0.1, n_groups=4, paper=False):
         """contrast_weight * L_delta + distill_weight * L_OOD, with the paper's weights: to be added to the
-        model's loss once for each update. ours, always: students start anywhere, and all are compared at the
-        same m of T places; in the paper from T / 4 on (images: beyond the grid), each at m of its own.
+        model's loss once for each update. ours, always: students start anywhere, in the paper past T / 4
+        (images: past the grid); and all are compared at the same m of T places, in the paper each at its own.
         """
         n_candidates, n_students, m = 32, 4, 32     # ours, as are 4 groups
-        if paper:       # its numbers for each GPU, also of n_groups
+        if paper:       # its numbers for each GPU; n_groups is not used
             n_groups, n_candidates, n_students, m = (16, 32, 16, 32) if self.n_dim == 1 else (32, 64, 32, 64)
         groups = sample_groups(self.encoder, n_groups, n_candidates, paper)             # (P, 1 + M, n_dim)
         windows = place_windows(self.shape, n_students, self.max_position, max_pieces=1)
