@@ -1416,7 +1416,7 @@ def test_the_commands_run_one_after_another_in_one_folder(tmp_path, library, mon
     for name, arguments in dict.fromkeys(each for each in commands if "FILE" not in each[1]):
         arguments = shlex.split(arguments.replace("0,1,2", "0"))
         small = [*TINY.split()[:-4], "--steps", "3" if "--steps" in arguments else "2"]
-        small += ["--pretrain-steps", "2"] if "--pretrain-steps" not in arguments else []
+        small += ["--pretrain-steps", "3" if "--pretrain-steps" in arguments else "2"]
         small += ["--block-size", "42" if "recall" in arguments else "8"] if name == "train_lm" else []
         {"train_lm": train_lm, "train_vit": train_vit}[name].main([*arguments, *small])
     assert len(set(commands)) > 5 and len(files(tmp_path / "out", ".svg")) > 5
